@@ -1,4 +1,4 @@
-"""The two errors that the command line turns into one line and an exit code; both are ValueErrors for those who embed."""
+"""The two errors that the command line turns into one line and an exit code; ValueErrors for those who embed."""
 
 
 class FileError(ValueError):

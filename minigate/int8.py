@@ -1,0 +1,73 @@
+"""The coarse operators of `model.py` in integers.
+
+`Dynamic` is the scheme `w8a8-dynamic`: weights symmetric int8 with a scale per channel (or per tensor), activations
+symmetric int8 with a scale per row, found at run time; products exact in int32. Attention, layer norm and GELU are
+float32. x ≈ scale * q throughout.
+
+B batch, T time, K inputs, N outputs, M = B T rows.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from minigate import kernels, ops
+
+
+class Rows(NamedTuple):
+    """A float activation and its int8 form, so that several linears quantize it once."""
+
+    x: np.ndarray  # (B, T, K) float32
+    q: np.ndarray  # (M, K) int8
+    scale: np.ndarray  # (M,) float32
+
+
+class Weight(NamedTuple):
+    """A linear's weights: q (N, K) as stored and as packed for the kernel, scale (N,) float32."""
+
+    q: np.ndarray
+    packed: kernels.PackedInt8
+    scale: np.ndarray
+
+
+class Dynamic(ops.Float):
+    """Everything that is int8 in the model file is computed in int8, what is float stays float."""
+
+    def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
+        self.scales = {name.removesuffix(".scale"): array for name, array in tensors.items() if name.endswith(".scale")}
+        super().__init__(metadata, {name: array for name, array in tensors.items() if not name.endswith(".scale")})
+
+    def prepare(self, name: str, array: np.ndarray):
+        if array.dtype != np.int8:
+            return super().prepare(name, array)
+        q = ops.conv_matrix(array) if array.ndim == 3 else array
+        scale = np.array(np.broadcast_to(self.scales[name.removesuffix(".weight")], q.shape[:1]), np.float32)
+        return Weight(q, kernels.pack_int8(q), scale)
+
+    def token_rows(self, tokens: np.ndarray) -> np.ndarray:
+        table = self.p["decoder.token_embedding.weight"]
+        if not isinstance(table, Weight):
+            return table[tokens]
+        return table.q[tokens] * table.scale[tokens][..., None]
+
+    def norm(self, name: str, x: np.ndarray) -> Rows:
+        return self.rows(super().norm(name, x))
+
+    def rows(self, x: np.ndarray) -> Rows:
+        return Rows(x, *kernels.quantize_rows(x.reshape(-1, x.shape[-1])))
+
+    def values(self, x: Rows) -> np.ndarray:
+        return x.x
+
+    def linear(self, name: str, x, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
+        w = self.p[f"{name}.weight"]
+        if not isinstance(w, Weight):
+            return super().linear(name, x.x if isinstance(x, Rows) else x, gelu, residual)
+        rows = x if isinstance(x, Rows) else self.rows(x)
+        flat = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        y = kernels.linear_int8(rows.q, rows.scale, w.packed, w.scale, self.p.get(f"{name}.bias"), gelu, flat)
+        return y.reshape(*rows.x.shape[:-1], -1)
+
+    def attention(self, name: str, q, k, v, h: Rows, n_head: int, causal: bool) -> np.ndarray:
+        return super().attention(name, q, k, v, h.x, n_head, causal)

@@ -1,0 +1,224 @@
+"""Whisper's encoder and decoder: log-mel in, logits out. The network is written here once, for every arithmetic.
+
+`encoder` and `decoder` are lists of calls to a small set of coarse operators (`ops`), which know the parameters by
+name and decide in which numbers to compute: `ops.Float` in float32, `int8.Dynamic` in integers. Activations are
+opaque here: what one operator returns is only ever given to another.
+
+B batch (rows), T time, D n_state, V n_vocab. Time is the second axis throughout: x (B, T, D).
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from minigate import checkpoint, int8, kernels, ops
+from minigate.errors import FileError
+from minigate.tokenizer import Tokenizer, unpack_vocabulary
+
+DEFAULT_MODEL = "tiny.en-w8a8-dynamic"
+FIRST_MULTILINGUAL_VOCAB = 51865
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes, named as in openai/whisper."""
+
+    n_mels: int
+    n_audio_ctx: int
+    n_audio_state: int
+    n_audio_head: int
+    n_audio_layer: int
+    n_vocab: int
+    n_text_ctx: int
+    n_text_state: int
+    n_text_head: int
+    n_text_layer: int
+
+
+# --- the network: coarse operators in the order the data meets them ---
+
+
+def encoder(ops, dims: Dims, mel: np.ndarray):
+    """mel (B, n_mels, T_mel) -> xa (B, T_mel / 2, D)."""
+    x = ops.conv("encoder.conv1", mel.transpose(0, 2, 1), stride=1)
+    x = ops.conv("encoder.conv2", x, stride=2)
+    x = ops.add_positions("encoder.positional_embedding", x)
+    for i in range(dims.n_audio_layer):
+        block = f"encoder.blocks.{i}"
+        x = self_attention(ops, block, x, dims.n_audio_head)
+        x = mlp(ops, block, x)
+    return ops.values(ops.norm("encoder.ln_post", x))
+
+
+def decoder(ops, dims: Dims, tokens: np.ndarray, cache: "Cache", all_positions: bool):
+    """tokens (B, T) -> logits (B, V) of the last position, or (B, T, V); the cache grows by T positions."""
+    x = ops.embed(tokens, cache.length)
+    for i in range(dims.n_text_layer):
+        block = f"decoder.blocks.{i}"
+        x = self_attention(ops, block, x, dims.n_text_head, cache=cache, layer=i)
+        x = cross_attention(ops, block, x, dims.n_text_head, *cache.cross[i])
+        x = mlp(ops, block, x)
+    cache.length += tokens.shape[1]
+    x = ops.norm("decoder.ln", x if all_positions else ops.last(x))
+    logits = ops.logits(x)
+    return logits if all_positions else logits[:, 0]
+
+
+def self_attention(ops, block: str, x, n_head: int, cache: "Cache | None" = None, layer: int = 0):
+    """x + out(attention(attn_ln(x))); causal where there is a cache."""
+    h = ops.norm(f"{block}.attn_ln", x)
+    q = ops.linear(f"{block}.attn.query", h)
+    k = ops.linear(f"{block}.attn.key", h)
+    v = ops.linear(f"{block}.attn.value", h)
+    if cache is not None:
+        k, v = cache.extend(layer, k, v)
+    a = ops.attention(f"{block}.attn", q, k, v, h, n_head, causal=cache is not None)
+    return ops.linear(f"{block}.attn.out", a, residual=x)
+
+
+def cross_attention(ops, block: str, x, n_head: int, k, v):
+    """x + out(attention to the encoder's keys and values)."""
+    h = ops.norm(f"{block}.cross_attn_ln", x)
+    q = ops.linear(f"{block}.cross_attn.query", h)
+    a = ops.attention(f"{block}.cross_attn", q, k, v, h, n_head, causal=False)
+    return ops.linear(f"{block}.cross_attn.out", a, residual=x)
+
+
+def mlp(ops, block: str, x):
+    """x + mlp.2(gelu(mlp.0(mlp_ln(x))))."""
+    h = ops.norm(f"{block}.mlp_ln", x)
+    h = ops.linear(f"{block}.mlp.0", h, gelu=True)
+    return ops.linear(f"{block}.mlp.2", h, residual=x)
+
+
+class Cache:
+    """Keys and values of the decoder: `cross` computed once from xa, the others grown token by token.
+
+    A group of rows (the beams or samples of one window) shares one window's cross keys and values.
+    """
+
+    def __init__(self, cross: list[tuple], rows: int, n_ctx: int):
+        self.cross = cross  # per layer: k, v (B, T_audio, D)
+        self.rows = rows
+        self.length = 0  # positions so far
+        self._n_ctx = n_ctx
+        self._own: list[list[np.ndarray] | None] = [None] * len(cross)  # per layer: k, v (rows, n_ctx, D)
+
+    def extend(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """k, v (rows, T, D) of the new positions -> views (rows, length + T, D) of all."""
+        if self._own[layer] is None:
+            shape = (self.rows, self._n_ctx, k.shape[2])
+            self._own[layer] = [np.empty(shape, k.dtype), np.empty(shape, v.dtype)]
+        end = self.length + k.shape[1]
+        for kept, new in zip(self._own[layer], (k, v), strict=True):
+            kept[:, self.length : end] = new
+        return self._own[layer][0][:, :end], self._own[layer][1][:, :end]
+
+    def reorder(self, rows: np.ndarray) -> None:
+        """Row i becomes what row rows[i] was. Rows may only move inside the group that shares a window."""
+        rows = np.asarray(rows)
+        moved = np.flatnonzero(rows != np.arange(len(rows)))
+        for pair in self._own:
+            for kept in pair or ():
+                kept[moved, : self.length] = kept[rows[moved], : self.length]
+
+    def keep(self, windows: np.ndarray) -> None:
+        """Keep these windows only (indices into B) with all rows of their groups."""
+        windows = np.asarray(windows)
+        group = self.rows // self.cross[0][0].shape[0]
+        rows = (windows[:, None] * group + np.arange(group)).ravel()
+        self.cross = [(k[windows], v[windows]) for k, v in self.cross]
+        self._own = [pair and [kept[rows] for kept in pair] for pair in self._own]
+        self.rows = len(rows)
+
+
+class Model:
+    """A loaded model. Stateless between calls: threads may share it."""
+
+    def __init__(self, metadata: dict, tensors, name: str = ""):
+        self.metadata = metadata
+        self.name = name
+        self.dims = Dims(**metadata["dims"])
+        self.ops = (int8.Dynamic if metadata.get("quantization") else ops.Float)(metadata, tensors)
+        self._vocabulary = np.asarray(tensors["tokenizer.vocabulary"])
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(unpack_vocabulary(self._vocabulary), self.dims.n_vocab)
+
+    @property
+    def is_multilingual(self) -> bool:
+        return self.dims.n_vocab >= FIRST_MULTILINGUAL_VOCAB
+
+    def encode(self, mel: np.ndarray) -> np.ndarray:
+        """mel (B, n_mels, 3000) float32 -> xa (B, n_audio_ctx, D) float32.
+
+        A model with audio_context `variable` takes any even number of frames up to 3000.
+        """
+        full = 2 * self.dims.n_audio_ctx
+        frames = mel.shape[-1]
+        fits = frames == full or (
+            self.metadata.get("audio_context") == "variable" and frames % 2 == 0 and 0 < frames <= full
+        )
+        if mel.ndim != 3 or mel.shape[1] != self.dims.n_mels or not fits:
+            raise ValueError(f"mel: expected shape (B, {self.dims.n_mels}, {full}), got {mel.shape}")
+        return encoder(self.ops, self.dims, np.asarray(mel, np.float32))
+
+    def start(self, xa: np.ndarray, group: int = 1) -> Cache:
+        """xa (B, T, D) -> the cache of B * group rows; row r listens to window r // group."""
+        names = [f"decoder.blocks.{i}.cross_attn" for i in range(self.dims.n_text_layer)]
+        h = self.ops.rows(xa)
+        cross = [(self.ops.linear(f"{n}.key", h), self.ops.linear(f"{n}.value", h)) for n in names]
+        return Cache(cross, len(xa) * group, self.dims.n_text_ctx)
+
+    def decode(self, tokens: np.ndarray, cache: Cache, all_positions: bool = False) -> np.ndarray:
+        """tokens (rows, T) -> logits (rows, V) of the last position, or (rows, T, V), float32.
+
+        ValueError when the shape does not fit the cache or the context of n_text_ctx is full.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.shape[0] != cache.rows or not tokens.shape[1]:
+            raise ValueError(f"tokens: expected shape ({cache.rows}, T) like the cache, got {tokens.shape}")
+        if cache.length + tokens.shape[1] > self.dims.n_text_ctx:
+            total = cache.length + tokens.shape[1]
+            raise ValueError(f"tokens: expected at most {self.dims.n_text_ctx} positions in all, got {total}")
+        return decoder(self.ops, self.dims, tokens, cache, all_positions)
+
+    def transcribe(self, audio, **options):
+        """A path or a float32 array (16 kHz mono) -> Result. Options: see `minigate.transcribe.transcribe`."""
+        from minigate.transcribe import transcribe
+
+        return transcribe(self, audio, **options)
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {asdict(self.dims)})"
+
+
+def weights_folder() -> Path:
+    """The embedded models: inside an installed package, beside it in a clone."""
+    inside = Path(__file__).parent / "weights"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "weights"
+
+
+def find(name_or_path: str | Path | None = None) -> Path:
+    """The path of a model file, or of an embedded model by its name. FileError lists the names there are."""
+    wanted = Path(name_or_path or DEFAULT_MODEL)
+    embedded = weights_folder() / f"{wanted}.safetensors"
+    if wanted.is_file():
+        return wanted
+    if wanted.parent == Path() and embedded.is_file():
+        return embedded
+    names = ", ".join(sorted(p.stem for p in weights_folder().glob("*.safetensors"))) or "none"
+    raise FileError(f"model: expected a model file or an embedded model ({names}), got {str(name_or_path)!r}")
+
+
+def load(name_or_path: str | Path | None = None, threads: int | None = None) -> Model:
+    """Load a model file or an embedded model by name. `threads`: default all cores this process may use."""
+    path = find(name_or_path)
+    file = checkpoint.read(path)
+    checkpoint.check(file.metadata, file.tensors)
+    if threads is not None:
+        kernels.set_threads(threads)
+    return Model(file.metadata, file.tensors, name=path.stem)

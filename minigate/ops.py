@@ -1,0 +1,94 @@
+"""The coarse operators of `model.py` in float32: parameters by name, activations (B, T, D) as plain arrays.
+
+Each arithmetic offers the same methods, in the order the data meets them.
+
+B batch, T time, C channels in, D n_state, N outputs, V n_vocab.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from minigate import kernels
+from minigate.attention import gate_shapes, gated_attention
+
+CONV_WIDTH = 3  # both convolutions of the stem
+
+
+def conv_rows(x: np.ndarray, stride: int) -> np.ndarray:
+    """x (B, T, C), padded by one frame on either side -> (B, ceil(T / stride), 3 C), a row for each output frame."""
+    b, t, c = x.shape
+    padded = np.zeros((b, t + CONV_WIDTH - 1, c), x.dtype)
+    padded[:, 1:-1] = x
+    windows = np.lib.stride_tricks.sliding_window_view(padded, CONV_WIDTH, axis=1)[:, ::stride]  # (B, T', C, 3)
+    return windows.transpose(0, 1, 3, 2).reshape(b, windows.shape[1], CONV_WIDTH * c)
+
+
+def conv_matrix(weight: np.ndarray) -> np.ndarray:
+    """openai/whisper's (N, C, 3) -> (N, 3 C), in the column order of `conv_rows`."""
+    return np.ascontiguousarray(weight.transpose(0, 2, 1)).reshape(weight.shape[0], -1)
+
+
+class Float:
+    """float32, through BLAS and the float kernels. float16 parameters are widened once, here."""
+
+    def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
+        self.gate_kind = metadata["gate"]["kind"]
+        self.gate_scale = metadata["gate"].get("scale", 1.0)
+        self.p = {name: self.prepare(name, array) for name, array in tensors.items() if name != "tokenizer.vocabulary"}
+        self.gates = self._gates(metadata["dims"])
+
+    def prepare(self, name: str, array: np.ndarray):
+        """The form in which a parameter is computed with."""
+        array = np.asarray(array, np.float32)
+        return conv_matrix(array) if array.ndim == 3 and ".conv" in name else array
+
+    def _gates(self, dims: dict) -> dict[str, dict[str, np.ndarray]]:
+        """Gate parameters by attention module."""
+        names = gate_shapes(self.gate_kind, dims["n_audio_state"], dims["n_audio_head"])
+        modules = {name.split(".gate.")[0] for name in self.p if ".gate." in name}
+        return {module: {n: self.p[f"{module}.gate.{n}"] for n in names} for module in modules}
+
+    def conv(self, name: str, x: np.ndarray, stride: int) -> np.ndarray:
+        """GELU(conv1d(x)), width 3, padding 1: x (B, T, C) -> (B, ceil(T / stride), N)."""
+        return self.linear(name, conv_rows(x, stride), gelu=True)
+
+    def add_positions(self, name: str, x: np.ndarray) -> np.ndarray:
+        """x (B, T, D) + the first T positions."""
+        return x + self.p[name][: x.shape[1]]
+
+    def embed(self, tokens: np.ndarray, offset: int) -> np.ndarray:
+        """tokens (B, T) at positions offset, offset + 1, … -> (B, T, D)."""
+        positions = self.p["decoder.positional_embedding"][offset : offset + tokens.shape[1]]
+        return self.token_rows(tokens) + positions
+
+    def token_rows(self, tokens: np.ndarray) -> np.ndarray:
+        return self.p["decoder.token_embedding.weight"][tokens]
+
+    def norm(self, name: str, x: np.ndarray) -> np.ndarray:
+        return kernels.layer_norm(x, self.p[f"{name}.weight"], self.p[f"{name}.bias"])
+
+    def rows(self, x: np.ndarray):
+        """x (B, T, D) in the form that several `linear` share."""
+        return x
+
+    def values(self, x) -> np.ndarray:
+        """The float32 array of an activation."""
+        return x
+
+    def last(self, x: np.ndarray) -> np.ndarray:
+        """x (B, T, D) -> (B, 1, D), the last position."""
+        return x[:, -1:]
+
+    def linear(self, name: str, x: np.ndarray, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
+        """x (B, T, D) wᵀ + bias, then GELU, then + residual -> (B, T, N)."""
+        return kernels.linear_f32(x, self.p[f"{name}.weight"], self.p.get(f"{name}.bias"), gelu, residual)
+
+    def attention(self, name: str, q, k, v, h, n_head: int, causal: bool) -> np.ndarray:
+        """q h (B, T_q, D), k v (B or fewer, T_k, D) -> (B, T_q, D)."""
+        gate = self.gates.get(name)
+        return gated_attention(q, k, v, h, self.gate_kind if gate else "none", gate, n_head, self.gate_scale, causal)
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """x (B, T, D) -> (B, T, V), through the token embedding."""
+        return self.linear("decoder.token_embedding", x)

@@ -1,0 +1,37 @@
+#!/usr/bin/env python3
+"""Make the embedded default model: a float model file -> `w8a8-dynamic`, weights per channel.
+
+usage: python -m minigate.convert tiny.en.pt tiny.en.safetensors
+       python tools/make_embedded.py tiny.en.safetensors weights/tiny.en-w8a8-dynamic.safetensors
+"""
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+from minigate import checkpoint
+from minigate.errors import FileError, UsageError
+from minigate.quantize import quantize_dynamic, size_report
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a float model file, made by python -m minigate.convert")
+    parser.add_argument("output", help="the quantized model file")
+    args = parser.parse_args(argv)
+    try:
+        file = checkpoint.read(args.source)
+        checkpoint.check(file.metadata, file.tensors)
+        metadata, tensors = quantize_dynamic(file.metadata, file.tensors)
+        checkpoint.write(args.output, {**metadata, "name": Path(args.output).stem}, tensors)
+    except (FileError, UsageError) as error:
+        print(f"make_embedded: {error}", file=sys.stderr)
+        return 1 if isinstance(error, FileError) else 2
+    digest = hashlib.sha256(Path(args.output).read_bytes()).hexdigest()
+    print(f"{args.output}: {size_report(tensors)}, sha256 {digest}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
