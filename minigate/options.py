@@ -1,0 +1,267 @@
+"""Every option of transcription: name, default, unit and range, the same in Python and on the command line.
+
+`TranscribeOptions` is what a user chooses for a recording, `DecodingOptions` what follows from it for one window at
+one temperature. `add_decoding_arguments` and `decoding_options` carry the former through argparse. A value outside
+its range is a UsageError of one line: "beam_size: expected a whole number of at least 1, got 0".
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+
+from minigate.errors import UsageError
+
+TASKS = ("transcribe", "translate")
+TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+MODEL_SUPPRESS_SET = -1  # in suppress_tokens: the model's own list of non-speech symbols
+
+
+@dataclass(frozen=True)
+class TranscribeOptions:
+    """How a recording is transcribed. Raises UsageError for a value outside its range."""
+
+    language: str | None = None  # code or name; None or "auto": detected in the first 30 s (English-only models: en)
+    task: str = "transcribe"  # or "translate": to English
+    beam_size: int = 1  # beams at temperature 0; 1 is greedy
+    patience: float = 1.0  # beam search ends with round(beam_size * patience) finished texts
+    length_penalty: float | None = None  # 0 to 1, alpha of Google NMT; None: mean log-probability per token
+    best_of: int = 5  # samples at a temperature above 0
+    temperature: float | tuple[float, ...] = TEMPERATURES  # tried in turn until a window's text passes the thresholds
+    compression_ratio_threshold: float | None = 2.4  # a text that zlib shrinks more than so failed; None: no check
+    logprob_threshold: float | None = -1.0  # a mean log-probability per token below failed; None: no check
+    no_speech_threshold: float | None = 0.6  # probability above which a window that is also unlikely is silence
+    condition_on_previous_text: bool = True  # the text so far is the next window's prompt
+    initial_prompt: str | None = None  # text before the first window
+    hotwords: str | None = None  # words before every window, in front of the previous text
+    suppress_tokens: str | Iterable[int] | None = "-1"  # never decoded; -1: the model's list of non-speech symbols
+    without_timestamps: bool = False  # one segment per 30 s window
+
+    def __post_init__(self):
+        check = _Checks(self)
+        check.language()
+        check.choice("task", TASKS)
+        check.whole("beam_size", 1)
+        check.number("patience", 0, above=True)
+        check.number("length_penalty", 0, 1, optional=True)
+        check.whole("best_of", 1)
+        check.temperatures()
+        check.number("compression_ratio_threshold", 0, optional=True)
+        check.number("logprob_threshold", high=0, optional=True)
+        check.number("no_speech_threshold", 0, 1, optional=True)
+        check.flag("condition_on_previous_text")
+        check.text("initial_prompt")
+        check.text("hotwords")
+        check.tokens()
+        check.flag("without_timestamps")
+        check.finished_texts()
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How one window is decoded. Raises UsageError for a value outside its range."""
+
+    language: str | None = None  # None: detected for each window
+    task: str = "transcribe"
+    temperature: float = 0.0  # 0: greedy or beam search; above: best of `best_of` samples
+    beam_size: int = 1  # at temperature 0 only
+    patience: float = 1.0  # at temperature 0 only
+    best_of: int = 1  # above temperature 0 only
+    length_penalty: float | None = None
+    prompt: tuple[int, ...] = ()  # tokens of the text before; the last n_text_ctx // 2 - 1 are used
+    suppress_tokens: str | Iterable[int] | None = "-1"
+    suppress_blank: bool = True  # no space and no end as the first token
+    without_timestamps: bool = False
+    max_initial_timestamp: float | None = 1.0  # s, latest start of the first segment; None: anywhere
+    sample_len: int | None = None  # most tokens decoded; None: n_text_ctx // 2
+    seed: int | tuple[int, ...] = 0  # of numpy.random.default_rng, for temperatures above 0
+
+    def __post_init__(self):
+        check = _Checks(self)
+        check.language()
+        check.choice("task", TASKS)
+        check.number("temperature", 0)
+        check.whole("beam_size", 1)
+        check.number("patience", 0, above=True)
+        check.whole("best_of", 1)
+        check.number("length_penalty", 0, 1, optional=True)
+        check.tokens()
+        check.number("max_initial_timestamp", 0, 30, optional=True)
+        check.whole("sample_len", 1, optional=True)
+        check.finished_texts()
+
+
+class _Checks:
+    """Checks of the fields of a frozen options object; what is given in several forms is put into one."""
+
+    def __init__(self, options):
+        self.options = options
+
+    def refuse(self, name: str, expected: str, got):
+        raise UsageError(f"{name}: expected {expected}, got {got!r}")
+
+    def set(self, name: str, value):
+        object.__setattr__(self.options, name, value)
+
+    def whole(self, name: str, low: int, optional: bool = False):
+        value = getattr(self.options, name)
+        if optional and value is None:
+            return
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+            self.refuse(name, f"a whole number of at least {low}", value)
+
+    def number(self, name: str, low=-math.inf, high=math.inf, above: bool = False, optional: bool = False):
+        """A finite number from low to high; `above`: greater than low."""
+        value = getattr(self.options, name)
+        if optional and value is None:
+            return
+        if not _is_number(value) or not low <= value <= high or (above and value == low):
+            bounds = [f"above {low}" if above else f"of at least {low}"] * (low > -math.inf)
+            bounds += [f"of at most {high}"] * (high < math.inf)
+            self.refuse(name, " ".join(["a number", " and ".join(bounds)]) + " or none" * optional, value)
+
+    def choice(self, name: str, choices: tuple[str, ...]):
+        if getattr(self.options, name) not in choices:
+            self.refuse(name, " or ".join(choices), getattr(self.options, name))
+
+    def flag(self, name: str):
+        if not isinstance(getattr(self.options, name), bool):
+            self.refuse(name, "True or False", getattr(self.options, name))
+
+    def text(self, name: str):
+        value = getattr(self.options, name)
+        if not isinstance(value, str | None):
+            self.refuse(name, "a text or none", value)
+        if value is not None and not _is_unicode(value):
+            self.refuse(name, "a text that UTF-8 can hold", value)
+
+    def language(self):
+        self.text("language")
+        if self.options.language in ("auto", ""):
+            self.set("language", None)
+
+    def temperatures(self):
+        value = self.options.temperature
+        values = (value,) if isinstance(value, Real) else tuple(value) if isinstance(value, Iterable) else ()
+        if not values or not all(_is_number(t) and t >= 0 for t in values):
+            self.refuse("temperature", "a number of at least 0 or a sequence of them", value)
+        self.set("temperature", tuple(float(t) for t in values))
+
+    def tokens(self):
+        """A string of comma-separated ids, or the ids -> a tuple of ids."""
+        value = self.options.suppress_tokens
+        parts = [] if value is None else value.split(",") if isinstance(value, str) and value.strip() else value
+        try:
+            ids = tuple(int(part) if isinstance(part, str | Integral) else int("") for part in parts or ())
+        except (TypeError, ValueError):
+            ids = (-2,)
+        if any(token < MODEL_SUPPRESS_SET for token in ids):
+            self.refuse("suppress_tokens", "token ids (-1: the model's list of non-speech symbols)", value)
+        self.set("suppress_tokens", ids)
+
+    def finished_texts(self):
+        if round(self.options.beam_size * self.options.patience) < 1:
+            self.refuse("patience", "beam_size * patience to round to 1 at least", self.options.patience)
+
+
+def _is_unicode(text: str) -> bool:
+    """No lone surrogates, which stand for undecodable bytes of a command line."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# --- the command line ---
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser that says what is wrong in one line and exits with 2. Options cannot be abbreviated."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser, defaults: dict | None = None) -> None:
+    """Add a flag for each field of TranscribeOptions. `defaults`: fields whose default differs here."""
+    default = TranscribeOptions(**(defaults or {}))
+    group = parser.add_argument_group("decoding")
+
+    def add(name: str, parse, metavar: str, text: str):
+        value = getattr(default, name)
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else value
+        group.add_argument(_flag(name), type=parse, default=value, metavar=metavar, help=f"{text} (default: {shown})")
+
+    group.add_argument("--language", default=default.language or "auto", metavar="CODE",
+                       help="language spoken: a code (de), a name (german) or auto, which listens to the first 30 s; "
+                            f"English-only models know en alone (default: {default.language or 'auto'})")
+    group.add_argument("--task", choices=TASKS, default=default.task,
+                       help=f"transcribe, or translate into English (default: {default.task})")
+    add("beam_size", _whole, "N", "beams at temperature 0, 1 is greedy")
+    add("patience", _number, "X", "beam search ends with round(beam size * X) finished texts")
+    add("length_penalty", _number_or_none, "ALPHA", "Google NMT's length penalty between texts, 0 to 1; none: mean "
+        "log-probability per token")
+    add("best_of", _whole, "N", "samples at a temperature above 0")
+    add("temperature", _numbers, "T[,T…]", "temperatures that are tried in turn until a window's text passes the "
+        "thresholds; a single number: no fallback")
+    add("compression_ratio_threshold", _number_or_none, "X", "a text whose UTF-8 bytes are more than X times its zlib "
+        "bytes is repetitive and failed; none: no check")
+    add("logprob_threshold", _number_or_none, "X", "a text with a mean log-probability per token below X failed; "
+        "none: no check")
+    add("no_speech_threshold", _number_or_none, "P", "a window whose no-speech probability is above P and whose text "
+        "is below the log-probability threshold is silence; none: no check")
+    group.add_argument("--no-condition-on-previous-text", dest="condition_on_previous_text", action="store_false",
+                       default=default.condition_on_previous_text,
+                       help="do not give a window the text before it as a prompt (default: "
+                            f"{'give it' if default.condition_on_previous_text else 'not given'})")
+    add("initial_prompt", str, "TEXT", "text that precedes the first window")
+    add("hotwords", str, "TEXT", "words that precede every window, names for instance")
+    add("suppress_tokens", str, "IDS", "comma-separated ids of tokens that are never decoded, '' for none, -1 for the "
+        "model's list of non-speech symbols; write --suppress-tokens=-1,50 with the equals sign")
+    group.add_argument("--without-timestamps", action="store_true", default=default.without_timestamps,
+                       help="decode text only, one segment per 30 s window (default: "
+                            f"{'without' if default.without_timestamps else 'with timestamps'})")
+
+
+def decoding_options(args: argparse.Namespace) -> dict:
+    """Parsed arguments -> the keyword arguments of `transcribe`, checked. UsageError names the flag."""
+    options = {field.name: getattr(args, field.name) for field in fields(TranscribeOptions)}
+    try:
+        checked = TranscribeOptions(**options)
+    except UsageError as error:
+        name, colon, rest = str(error).partition(":")
+        raise UsageError(_flag(name) + colon + rest) from None
+    return {name: getattr(checked, name) for name in options}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
+def _number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else _number(text)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_number(part) for part in text.split(","))
