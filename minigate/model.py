@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minigate import checkpoint, int8, kernels, ops
+from minigate import checkpoint, int8, kernels
 from minigate.errors import FileError
+from minigate.ops import Float
 from minigate.tokenizer import Tokenizer, unpack_vocabulary
 
 DEFAULT_MODEL = "tiny.en-w8a8-dynamic"
@@ -52,8 +53,15 @@ def encoder(ops, dims: Dims, mel: np.ndarray):
     return ops.values(ops.norm("encoder.ln_post", x))
 
 
-def decoder(ops, dims: Dims, tokens: np.ndarray, cache: "Cache", all_positions: bool):
-    """tokens (B, T) -> logits (B, V) of the last position, or (B, T, V); the cache grows by T positions."""
+def cross_keys_values(ops, dims: Dims, xa: np.ndarray) -> list[tuple]:
+    """xa (B, T_audio, D) -> k, v (B, T_audio, D) for each layer of the decoder."""
+    h = ops.rows(xa)
+    modules = [f"decoder.blocks.{i}.cross_attn" for i in range(dims.n_text_layer)]
+    return [(ops.linear(f"{m}.key", h), ops.linear(f"{m}.value", h)) for m in modules]
+
+
+def decoder(ops, dims: Dims, tokens: np.ndarray, cache: "Cache"):
+    """tokens (B, T) -> x (B, T, D) before the final layer norm; the cache grows by T positions."""
     x = ops.embed(tokens, cache.length)
     for i in range(dims.n_text_layer):
         block = f"decoder.blocks.{i}"
@@ -61,9 +69,7 @@ def decoder(ops, dims: Dims, tokens: np.ndarray, cache: "Cache", all_positions: 
         x = cross_attention(ops, block, x, dims.n_text_head, *cache.cross[i])
         x = mlp(ops, block, x)
     cache.length += tokens.shape[1]
-    x = ops.norm("decoder.ln", x if all_positions else ops.last(x))
-    logits = ops.logits(x)
-    return logits if all_positions else logits[:, 0]
+    return x
 
 
 def self_attention(ops, block: str, x, n_head: int, cache: "Cache | None" = None, layer: int = 0):
@@ -141,7 +147,7 @@ class Model:
         self.metadata = metadata
         self.name = name
         self.dims = Dims(**metadata["dims"])
-        self.ops = (int8.Dynamic if metadata.get("quantization") else ops.Float)(metadata, tensors)
+        self.ops = (int8.Dynamic if metadata.get("quantization") else Float)(metadata, tensors)
         self._vocabulary = np.asarray(tensors["tokenizer.vocabulary"])
 
     @cached_property
@@ -168,23 +174,29 @@ class Model:
 
     def start(self, xa: np.ndarray, group: int = 1) -> Cache:
         """xa (B, T, D) -> the cache of B * group rows; row r listens to window r // group."""
-        names = [f"decoder.blocks.{i}.cross_attn" for i in range(self.dims.n_text_layer)]
-        h = self.ops.rows(xa)
-        cross = [(self.ops.linear(f"{n}.key", h), self.ops.linear(f"{n}.value", h)) for n in names]
-        return Cache(cross, len(xa) * group, self.dims.n_text_ctx)
+        return Cache(cross_keys_values(self.ops, self.dims, xa), len(xa) * group, self.dims.n_text_ctx)
 
     def decode(self, tokens: np.ndarray, cache: Cache, all_positions: bool = False) -> np.ndarray:
         """tokens (rows, T) -> logits (rows, V) of the last position, or (rows, T, V), float32.
 
         ValueError when the shape does not fit the cache or the context of n_text_ctx is full.
         """
+        x = self._decode(tokens, cache)
+        logits = self.ops.logits(self.ops.norm("decoder.ln", x if all_positions else self.ops.last(x)))
+        return logits if all_positions else logits[:, 0]
+
+    def hidden(self, tokens: np.ndarray, cache: Cache) -> np.ndarray:
+        """tokens (rows, T) -> the final layer norm's output (rows, T, D) float32, from which the logits are made."""
+        return self.ops.values(self.ops.norm("decoder.ln", self._decode(tokens, cache)))
+
+    def _decode(self, tokens: np.ndarray, cache: Cache):
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.shape[0] != cache.rows or not tokens.shape[1]:
             raise ValueError(f"tokens: expected shape ({cache.rows}, T) like the cache, got {tokens.shape}")
         if cache.length + tokens.shape[1] > self.dims.n_text_ctx:
             total = cache.length + tokens.shape[1]
             raise ValueError(f"tokens: expected at most {self.dims.n_text_ctx} positions in all, got {total}")
-        return decoder(self.ops, self.dims, tokens, cache, all_positions)
+        return decoder(self.ops, self.dims, tokens, cache)
 
     def transcribe(self, audio, **options):
         """A path or a float32 array (16 kHz mono) -> Result. Options: see `minigate.transcribe.transcribe`."""
