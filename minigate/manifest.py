@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import FileError
+from minigate.errors import FileError
 
 COLUMNS = ("path", "text", "speaker", "source")
 
@@ -93,7 +93,7 @@ def _row(path: Path, number: int, line: str, columns: list[str]) -> Row:
                         f"like the header, got {len(fields)}")
     cell = {name: field.strip() for name, field in zip(columns, fields, strict=True) if name in COLUMNS}
     name = cell["path"]
-    if not name or "\0" in name:
+    if name in ("", "-") or "\0" in name:
         raise FileError(f"{path}, line {number}, column path: expected the path of a recording, got {name!r}")
     return Row(name=name, file=path.parent / name, text=cell.get("text") or None, speaker=cell.get("speaker", ""),
                source=cell.get("source", ""), line=number)

@@ -45,6 +45,7 @@ def test_line_ends_byte_order_mark_blank_lines_and_odd_separators(tmp_path):
     ("path\ttext\na.wav\n", "line 2, column text: expected 2 tab-separated fields like the header, got 1"),
     ("path\ttext\na.wav\tb\tc\n", "line 2, column 3: expected 2 tab-separated fields like the header, got 3"),
     ("path\ttext\na.wav\tb\n\t\n", "line 3, column path: expected the path of a recording, got ''"),
+    ("path\n-\n", "line 2, column path: expected the path of a recording, got '-'"),
     ("path\ttext\na\0.wav\tb\n", r"line 2, column path: expected the path of a recording, got 'a\x00.wav'"),
     ("path\na.wav\nb.wav\na.wav\n", "line 4, column path: expected each recording once, got 'a.wav' of line 2 again"),
     (b"path\ttext\na.wav\tcaf\xe9\n", "line 2, column 2: expected UTF-8, got byte 0xe9"),

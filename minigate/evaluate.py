@@ -1,0 +1,380 @@
+"""Word error rate of a model on a manifest of recordings, with its uncertainty, by source, and against other results.
+
+    manifest --Row--> transcribe_rows --utterances, failures--> summarise --report--> JSON, table
+                                         two reports --> compare --> difference, paired
+
+usage: python -m minigate.evaluate MODEL MANIFEST.tsv [--json OUT] [--compare OTHER.json] [decoding options]
+
+A report is a dict as json.dump takes it.  Rates are fractions, `seconds` is the length of a recording, `elapsed_s`
+what its transcription took, reading the file included, and `rtf` the one over the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from minigate import __version__, audio, kernels, wer
+from minigate.errors import FileError, UsageError
+from minigate.manifest import Row, read_manifest
+from minigate.model import Model, find, load
+from minigate.options import ArgumentParser, add_decoding_arguments, decoding_options
+from minigate.wer import Errors
+
+DEFAULTS = {"language": "en", "temperature": 0.0}  # no fallback: a figure that another run gives again
+COUNTS = ("substitutions", "deletions", "insertions", "words")
+REPORT = "minigate evaluation"  # marks our JSON
+
+
+# --- measuring
+
+def transcribe_rows(model: Model, rows: Sequence[Row], options: dict,
+                    failed: Callable[[Row, FileError], None] = lambda row, error: None) -> Iterable[dict]:
+    """Yield an utterance for each row that can be read, in order; the others are handed to `failed`.
+
+    options: keyword arguments of `transcribe`.  Without a text, reference, errors and the counts are None.
+    """
+    _, normalise = wer.load_normaliser()
+    for row in rows:
+        start = time.perf_counter()
+        try:
+            hypothesis, seconds = _listen(model, row, options)
+        except FileError as error:
+            failed(row, error)
+            continue
+        elapsed_s = time.perf_counter() - start
+        found = dict.fromkeys(("errors", *COUNTS))
+        if row.text is not None:
+            counted = wer.count_errors(normalise(row.text).split(), normalise(hypothesis).split())
+            found = {"errors": counted.total, **{name: getattr(counted, name) for name in COUNTS}}
+        yield {"path": row.name, "source": row.source, "reference": row.text, "hypothesis": hypothesis, **found,
+               "seconds": seconds, "elapsed_s": elapsed_s}
+
+
+def _listen(model: Model, row: Row, options: dict) -> tuple[str, float]:
+    """-> text, seconds of sound; the samples are counted as they pass, so that a file of hours is never held whole."""
+    source = audio.open_audio(row.file)
+    samples = 0
+
+    def counted():
+        nonlocal samples
+        total = 0
+        for chunk in source.chunks():  # twice, where the loudest frame is looked for first
+            total += len(chunk)
+            samples = max(samples, total)
+            yield chunk
+
+    result = model.transcribe(audio.AudioSource(source.name, source.reopenable, counted), **options)
+    return result.text.strip(), samples / audio.SAMPLE_RATE
+
+
+def summarise(utterances: Sequence[dict]) -> dict:
+    """Pooled figures of utterances; those without a reference count in rtf only."""
+    scored = [_errors(u) for u in utterances if u["reference"] is not None]
+    seconds = sum(u["seconds"] for u in utterances)
+    elapsed_s = sum(u["elapsed_s"] for u in utterances)
+    return {**wer.rates(scored), "scored": len(scored), "without_text": len(utterances) - len(scored),
+            "seconds": seconds, "elapsed_s": elapsed_s, "rtf": elapsed_s / seconds if seconds else None}
+
+
+def by_source(utterances: Sequence[dict], figures: Callable[[list], dict]) -> dict[str, dict]:
+    """Source -> figures of its utterances, sources in alphabetical order."""
+    names = sorted({u["source"] for u in utterances})
+    return {name: figures([u for u in utterances if u["source"] == name]) for name in names}
+
+
+def evaluate(model: Model, rows: Sequence[Row], options: dict | None = None,
+             progress: Callable[[Iterable], Iterable] = iter,
+             failed: Callable[[Row, FileError], None] = lambda row, error: None) -> dict:
+    """Model, rows of a manifest, options of `transcribe` -> report.  FileError when no row can be read.
+
+    progress wraps the utterances as they come, as tqdm does; failed is told of each row that cannot be read.
+    """
+    options = {**DEFAULTS, **(options or {})}
+    failures = []
+
+    def note(row: Row, error: FileError):
+        failures.append({"path": row.name, "source": row.source, "error": str(error)})
+        failed(row, error)
+
+    utterances = list(progress(transcribe_rows(model, rows, options, note)))
+    if not utterances:
+        raise FileError(f"manifest: expected a recording that can be read, got none of {len(rows)}: "
+                        f"{failures[0]['error'] if failures else 'no rows'}")
+    return {
+        "format": REPORT,
+        "model": {"name": model.name, "quantization": model.metadata.get("quantization")},
+        **summarise(utterances),
+        "failed": failures,
+        "peak_mb": peak_mb(),
+        "sources": by_source(utterances, summarise),
+        "normaliser": wer.load_normaliser()[0],
+        "bootstrap": {"resamples": wer.RESAMPLES, "seed": wer.SEED},
+        "options": options,
+        "threads": kernels.threads(),
+        "isa": kernels.isa(),
+        "versions": versions(),
+        "utterances": utterances,
+    }
+
+
+def peak_mb() -> float | None:
+    """The most memory that this process has had resident so far, in 10^6 bytes; None where the system does not say."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def versions() -> dict[str, str]:
+    """Of all that a figure may depend on."""
+    found = {"minigate": __version__, "python": platform.python_version(), "numpy": np.__version__}
+    with suppress(metadata.PackageNotFoundError):
+        found["whisper-normalizer"] = metadata.version("whisper-normalizer")
+    return found
+
+
+# --- comparing
+
+def compare(ours: dict, theirs: dict, where: str) -> dict:
+    """Two reports on the same utterances -> ours minus theirs with paired intervals, overall and by source.
+
+    where: the other report's file, for errors.  FileError unless paths, references and normaliser are the same.
+    """
+    pairs = _pairs(ours, theirs, where)
+
+    def difference(some: list[dict]) -> dict:
+        return {**wer.paired_difference([_errors(u) for u in some], [_errors(pairs[u["path"]]) for u in some]),
+                "scored": len(some)}
+
+    scored = [u for u in ours["utterances"] if u["reference"] is not None]
+    return {"with": where, "model": theirs.get("model"), **difference(scored), "sources": by_source(scored, difference)}
+
+
+def check_comparable(rows: Sequence[Row], theirs: dict, where: str) -> None:
+    """FileError when results on these rows could not be compared with theirs: said before the work, not after."""
+    lost = {failure.get("path") for failure in theirs["failed"]}
+    planned = [{"path": row.name, "reference": row.text} for row in rows if row.name not in lost]
+    _pairs({"utterances": planned, "normaliser": wer.load_normaliser()[0]}, theirs, where)
+
+
+def _pairs(ours: dict, theirs: dict, where: str) -> dict[str, dict]:
+    """Path -> their utterance, of those that have a reference; both sides must have the same ones."""
+    if ours["normaliser"] != theirs["normaliser"]:
+        raise FileError(f"{where}: normaliser: expected {ours['normaliser']} as here, got {theirs['normaliser']} "
+                        "(pip install 'minigate[eval]' brings whisper-english)")
+    mine = {u["path"]: u for u in ours["utterances"] if u["reference"] is not None}
+    other = {u["path"]: u for u in theirs["utterances"] if u["reference"] is not None}
+    if mine.keys() != other.keys():
+        here, there = sorted(mine.keys() - other.keys()), sorted(other.keys() - mine.keys())
+        raise FileError(f"{where}: utterances: expected the same paths as here, got {len(here)} only here and "
+                        f"{len(there)} only there, such as {(here or there)[0]}")
+    for path, u in mine.items():
+        if u["reference"] != other[path]["reference"] or u.get("words", other[path]["words"]) != other[path]["words"]:
+            raise FileError(f"{where}: {path}: expected the reference {u['reference']!r}, "
+                            f"got {other[path]['reference']!r} of {other[path]['words']} words")
+    return other
+
+
+def _errors(utterance: dict) -> Errors:
+    return Errors(*(utterance[name] for name in COUNTS))
+
+
+# --- files
+
+def read_report(path: str | Path) -> dict:
+    """JSON that --json wrote -> report.  FileError when it is something else."""
+    try:
+        report = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise FileError(f"{path}: expected a readable file, got {error.strerror or error}") from error
+    except (ValueError, RecursionError):
+        report = None
+    if not isinstance(report, dict) or report.get("format") != REPORT or not _is_complete(report):
+        raise FileError(f"{path}: expected results of python -m minigate.evaluate MODEL MANIFEST.tsv --json {path}, "
+                        "got something else")
+    return report
+
+
+def _is_complete(report: dict) -> bool:
+    """Whether what compare() reads is there."""
+    def right(u) -> bool:
+        if not isinstance(u, dict) or not isinstance(u.get("path"), str) or "reference" not in u:
+            return False
+        counts = [u.get(name) for name in COUNTS]
+        scored = isinstance(u["reference"], str) and all(type(n) is int and n >= 0 for n in counts)
+        return u["reference"] is None or scored
+
+    lists = [report.get(name) for name in ("utterances", "failed")]
+    return (isinstance(report.get("normaliser"), str) and all(isinstance(x, list) for x in lists)
+            and all(map(right, lists[0])) and all(isinstance(failure, dict) for failure in lists[1]))
+
+
+def write_json(path: str | Path, report: dict) -> None:
+    """Written under another name in the same folder first: there is the whole file or none."""
+    path = Path(path)
+    part = path.with_name(f".minigate-{secrets.token_hex(8)}.part")
+    try:
+        try:
+            part.write_text(json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise FileError(f"{path}: expected a file that can be written, got {error.strerror or error}") from error
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- the table
+
+HEAD = ("source", "scored", "words", "WER %", "95 %", "capped %", "95 %", "sub", "del", "ins", "RTF")
+
+
+def table(report: dict) -> str:
+    """The report's figures as text, a line for each source when there are several."""
+    sources = report["sources"] if len(report["sources"]) > 1 else {}
+    rows = [HEAD, *(_cells(name or "(none)", figures) for name, figures in sources.items()), _cells("all", report)]
+    lines = _aligned(rows)
+    if "comparison" in report:
+        lines += ["", f"difference to {report['comparison']['with']} ({_name(report['comparison'].get('model'))}), "
+                      "paired; below 0 this one is better"]
+        lines += _aligned([(HEAD[0], HEAD[1], *HEAD[3:7]), *_comparison_cells(report["comparison"])])
+    counts = [f"{n} {what}" for n, what in ((report["without_text"], "without text, not scored"),
+                                            (len(report["failed"]), "that cannot be read")) if n]
+    peak = f", peak {report['peak_mb']:.0f} MB" if report["peak_mb"] else ""
+    lines += ["", f"model {_name(report['model'])}, normaliser {report['normaliser']}, {report['isa']}, "
+                  f"{report['threads']} threads{peak}"]
+    return "\n".join(lines + ([f"recordings: {', '.join(counts)}"] if counts else []))
+
+
+def _name(model) -> str:
+    return str(model.get("name")) if isinstance(model, dict) else "unnamed"
+
+
+def _cells(name: str, f: dict) -> tuple[str, ...]:
+    rtf = "-" if f["rtf"] is None else f"{f['rtf']:.3f}"
+    return (name, str(f["scored"]), str(f["words"]), _percent(f["wer"]), _range(f["ci95"]), _percent(f["wer_capped"]),
+            _range(f["ci95_capped"]), str(f["substitutions"]), str(f["deletions"]), str(f["insertions"]), rtf)
+
+
+def _comparison_cells(comparison: dict) -> list[tuple[str, ...]]:
+    sources = comparison["sources"] if len(comparison["sources"]) > 1 else {}
+    return [(name or "(none)", str(f["scored"]), _percent(f["wer"], "+"), _range(f["ci95"], "+"),
+             _percent(f["wer_capped"], "+"), _range(f["ci95_capped"], "+"))
+            for name, f in [*sources.items(), ("all", comparison)]]
+
+
+def _percent(rate: float | None, sign: str = "") -> str:
+    return "-" if rate is None else f"{100 * rate:{sign}.2f}"
+
+
+def _range(interval: list[float] | None, sign: str = "") -> str:
+    return "-" if interval is None else f"{_percent(interval[0], sign)} to {_percent(interval[1], sign)}"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Cells in columns, the first one left-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+
+
+# --- the command line
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m minigate.evaluate", description="Word error rate of a model on a manifest: "
+                            "a table to standard output, progress to standard error.")
+    parser.add_argument("model", metavar="MODEL", help="model file or name of an embedded model")
+    parser.add_argument("manifest", metavar="MANIFEST.tsv", help="tab-separated columns path and text, and if you like "
+                        "source, by which all figures are given; paths relative to the manifest")
+    parser.add_argument("--json", metavar="OUT", help="write everything there, each utterance included")
+    parser.add_argument("--compare", metavar="OTHER.json", help="add the difference to these results of --json on the "
+                        "same recordings, with a paired bootstrap")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows (default: all)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores this process may use")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_decoding_arguments(parser, DEFAULTS)
+    return parser
+
+
+def run(args) -> int:
+    """Parsed arguments -> exit code 0, or 1 when a recording could not be read."""
+    options = decoding_options(args)
+    for name in ("limit", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name}: expected a whole number of at least 1, got {value}")
+    if args.json and not os.access(Path(args.json).parent, os.W_OK | os.X_OK):
+        raise FileError(f"--json: expected a file in a folder that can be written to, got {args.json}")
+    rows = read_manifest(args.manifest)[: args.limit]
+    other = read_report(args.compare) if args.compare else None
+    if other:
+        check_comparable(rows, other, args.compare)
+    path = find(args.model)
+    model = load(path, args.threads)
+
+    bar = None if args.quiet else _tqdm()
+    say = bar.write if bar else print
+
+    def failed(row: Row, error: FileError):
+        say(f"{args.manifest}, line {row.line}: {error}", file=sys.stderr)
+
+    def progress(utterances: Iterable) -> Iterable:
+        return bar(utterances, total=len(rows), unit="file", file=sys.stderr) if bar else utterances
+
+    report = evaluate(model, rows, options, progress, failed)
+    report["manifest"] = str(args.manifest)
+    report["model"]["sha256"] = sha256(path)
+    unlike = None
+    if other:
+        try:
+            report["comparison"] = compare(report, other, args.compare)
+        except FileError as error:  # another recording could not be read than there: first the results
+            unlike = error
+    if args.json:
+        write_json(args.json, report)
+    print(table(report))
+    if unlike:
+        raise unlike
+    return 1 if report["failed"] else 0
+
+
+def _tqdm():
+    """tqdm's bar where it is installed; a bare install has none."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return run(args)
+    except (FileError, UsageError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 1 if isinstance(error, FileError) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
