@@ -1,0 +1,63 @@
+/* The whole interface of the extension.  C includes this file and cffi reads it as it stands, so it holds no
+   preprocessor line.  Order of arguments: outputs, inputs, dims.  Sizes count elements unless they say bytes.
+   All arrays are dense and C-ordered unless a stride says otherwise; none may overlap an output, except where noted.
+   Every function may be called from several threads at once. */
+
+enum mg_status {
+    MG_OK,
+    MG_NO_MEMORY,   /* scratch memory was not to be had; the output is unspecified */
+    MG_BAD_VALUE,   /* a value or a size is outside its bound */
+    MG_BAD_ISA      /* the instruction set is unknown, or this process may not use it */
+};
+
+/* Instruction sets, from the plainest to the widest.  mg_isa_name(i) is NULL past the last. */
+const char *mg_isa_name(size_t i);
+int mg_isa_usable(size_t i);
+enum mg_status mg_use_isa(const char *name);    /* "" picks the widest usable */
+const char *mg_isa(void);
+
+/* Features of the processor.  mg_feature_name(i) is NULL past the last.  mg_feature(i) adds up
+   1: the chip has it (CPUID); 2: the operating system saves its registers (XGETBV); 4: this process may use it. */
+const char *mg_feature_name(size_t i);
+int mg_feature(size_t i);
+
+/* Number of threads that share a call, the caller included; 1 at first. */
+enum mg_status mg_set_threads(size_t n);
+size_t mg_threads(void);
+
+/* Packs w (n,k) s8 in [-127,127] for the products below; packed holds mg_packed_bytes(n,k) bytes on a 64 byte boundary.
+   MG_BAD_VALUE: an element is -128, or k > 131072. */
+size_t mg_packed_bytes(size_t n, size_t k);
+enum mg_status mg_pack_int8(int8_t *packed, const int8_t *w, size_t n, size_t k);
+
+/* acc[i][j] = sum_k a[i][k] * w[j][k].  acc (m,n) s32, a (m,k) s8.  Exact for k <= 131072. */
+enum mg_status mg_matmul_int8(int32_t *acc, const int8_t *a, const int8_t *packed, size_t m, size_t n, size_t k);
+
+/* out[i][j] = [gelu](a_scale[i] * w_scale[j] * acc[i][j] + bias[j]) + residual[i][j].  out, residual (m,n), a_scale (m),
+   w_scale, bias (n); bias and residual may be NULL, residual may be out. */
+enum mg_status mg_linear_int8(float *out, const int8_t *a, const float *a_scale, const int8_t *packed,
+                              const float *w_scale, const float *bias, const float *residual, int gelu,
+                              size_t m, size_t n, size_t k);
+
+/* scale[i] = max_k |x[i][k]| / 127, q[i][k] = x[i][k] * (127 / max), rounded half to even.  A row whose maximum is below
+   1e-30 counts as zero: q 0, scale 1.  x must be finite. */
+enum mg_status mg_quantize_rows(int8_t *q, float *scale, const float *x, size_t m, size_t k);
+
+/* out[i][j] = (x[i][j] - mean_i) / sqrt(variance_i + eps) * weight[j] + bias[j].  All (m,n) or (n); out may be x. */
+enum mg_status mg_layer_norm(float *out, const float *x, const float *weight, const float *bias, float eps,
+                             size_t m, size_t n);
+
+/* out[i][j] = [gelu](x[i][j] + bias[j]) + residual[i][j].  bias (n) and residual (m,n) may be NULL; out may be x or
+   residual.  gelu(x) = x * Phi(x) within 5e-7. */
+enum mg_status mg_finish(float *out, const float *x, const float *bias, const float *residual, int gelu,
+                         size_t m, size_t n);
+
+/* out = softmax(q k^T / sqrt(d)) v * gate, head by head; key j is seen by query i if j <= i + t_k - t_q or not causal.
+   out (n_batch, t_q, n_head*d); q (n_batch, t_q, n_head*d), k and v (n_batch/group, t_k, n_head*d) with strides in
+   elements between batches and between rows; row b of the batch attends to k[b / group].
+   gate: NULL, or (n_batch, t_q, n_head*gate_width) dense, gate_width 1 or d.
+   MG_BAD_VALUE: t_k is 0, group does not divide n_batch, gate_width is neither, or causal and t_q > t_k. */
+enum mg_status mg_attention(float *out, const float *q, const float *k, const float *v, const float *gate,
+                            size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch, size_t v_row,
+                            size_t gate_width, int causal,
+                            size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d);

@@ -1,0 +1,33 @@
+"""Describes the C extension minigate._kernels to cffi; setup.py builds it.
+
+csrc/api.h is the header that C includes and, as it stands, cffi's cdef. Instruction sets are chosen at run time and by
+function attributes, so all files share these flags. MINIGATE_CFLAGS appends to them (warnings, sanitizers).
+"""
+
+import os
+import shlex
+from pathlib import Path
+
+from cffi import FFI
+
+FOLDER = Path(__file__).resolve().parent
+SOURCES = ("dispatch.c", "pool.c", "pack.c", "calls.c", "portable.c")
+FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-D_GNU_SOURCE"]
+
+PREAMBLE = """
+#pragma GCC diagnostic ignored "-Wunused-parameter"    /* in the glue that cffi writes, whatever flags are appended */
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+#include "kernels.h"
+"""
+
+ffi = FFI()
+ffi.cdef((FOLDER / "api.h").read_text(encoding="utf-8"))
+ffi.set_source(
+    "minigate._kernels",
+    PREAMBLE,
+    sources=[f"csrc/{name}" for name in SOURCES],
+    depends=[f"csrc/{name}" for name in ("api.h", "kernels.h", *SOURCES)],
+    include_dirs=["csrc"],
+    extra_compile_args=FLAGS + shlex.split(os.environ.get("MINIGATE_CFLAGS", "")),
+    extra_link_args=["-pthread"] + shlex.split(os.environ.get("MINIGATE_CFLAGS", "")),
+)

@@ -1,0 +1,121 @@
+/* Which instruction sets this process may use, and which one it does use: the only state besides the thread pool.
+   What the chip can (CPUID), what the operating system saves (XGETBV) and what this process may use are three answers;
+   an instruction set is usable if all three are yes for all of its features. */
+#include "kernels.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+enum { CHIP = 1, SAVED = 2, ALLOWED = 4, USABLE = 7 };
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+enum reg { EAX, EBX, ECX, EDX };
+enum { XMM_YMM = 0x6, ZMM = 0xe6 };     /* state bits of XCR0: SSE, AVX; and opmask, ZMM_Hi256, Hi16_ZMM */
+
+static const struct {
+    const char *name;
+    unsigned leaf, subleaf;
+    enum reg reg;
+    unsigned bit, state;
+} features[] = {
+    {"avx2", 7, 0, EBX, 5, XMM_YMM},
+    {"fma", 1, 0, ECX, 12, XMM_YMM},
+    {"avx512f", 7, 0, EBX, 16, ZMM},
+    {"avx512bw", 7, 0, EBX, 30, ZMM},
+    {"avx512dq", 7, 0, EBX, 17, ZMM},
+    {"avx512vl", 7, 0, EBX, 31, ZMM},
+    {"avx512vnni", 7, 0, ECX, 11, ZMM},
+};
+
+static unsigned long long saved_state(void)
+{
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1))      /* OSXSAVE: XGETBV may be executed */
+        return 0;
+    __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return (unsigned long long)d << 32 | a;
+}
+
+int mg_feature(size_t i)
+{
+    unsigned r[4] = {0};
+    int chip = __get_cpuid_count(features[i].leaf, features[i].subleaf, &r[EAX], &r[EBX], &r[ECX], &r[EDX]) &&
+               (r[features[i].reg] >> features[i].bit & 1);
+    int saved = (saved_state() & features[i].state) == features[i].state;
+    return chip * CHIP + saved * SAVED + (chip && saved) * ALLOWED;
+}
+
+const char *mg_feature_name(size_t i)
+{
+    return i < sizeof features / sizeof features[0] ? features[i].name : NULL;
+}
+
+static const struct mg_kernels *const isas[] = {&mg_portable};
+static const char *const needs[] = {""};
+
+#else   /* NEON is part of AArch64; other processors run the portable code */
+
+int mg_feature(size_t i)
+{
+    (void)i;
+    return 0;
+}
+
+const char *mg_feature_name(size_t i)
+{
+    (void)i;
+    return NULL;
+}
+
+static const struct mg_kernels *const isas[] = {&mg_portable};
+static const char *const needs[] = {""};
+
+#endif
+
+enum { N_ISA = sizeof isas / sizeof isas[0] };
+static _Atomic(const struct mg_kernels *) current;
+
+const char *mg_isa_name(size_t i) { return i < N_ISA ? isas[i]->name : NULL; }
+
+static int among(const char *name, const char *words)
+{
+    size_t n = strlen(name);
+    for (const char *at = words; (at = strstr(at, name)) != NULL; at += n)
+        if ((at == words || at[-1] == ' ') && (at[n] == ' ' || at[n] == 0))
+            return 1;
+    return 0;
+}
+
+int mg_isa_usable(size_t i)
+{
+    if (i >= N_ISA)
+        return 0;
+    for (size_t f = 0; mg_feature_name(f) != NULL; f++)
+        if (among(mg_feature_name(f), needs[i]) && mg_feature(f) != USABLE)
+            return 0;
+    return 1;
+}
+
+enum mg_status mg_use_isa(const char *name)
+{
+    for (size_t i = N_ISA; i-- > 0;)
+        if ((name[0] == 0 || strcmp(name, isas[i]->name) == 0) && mg_isa_usable(i)) {
+            atomic_store(&current, isas[i]);
+            return MG_OK;
+        }
+    return MG_BAD_ISA;
+}
+
+const struct mg_kernels *mg_kernels(void)
+{
+    const struct mg_kernels *kernels = atomic_load(&current);
+    if (kernels == NULL) {
+        mg_use_isa("");
+        kernels = atomic_load(&current);
+    }
+    return kernels;
+}
+
+const char *mg_isa(void) { return mg_kernels()->name; }

@@ -1,0 +1,87 @@
+/* What the C files share: the dispatch table, the jobs that its functions work on, and the constants of the formulas. */
+#ifndef MG_KERNELS_H
+#define MG_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "api.h"
+
+#define MG_MAX_THREADS 256
+#define MG_MAX_K 131072         /* 131072 * 128 * 127 < 2^31 */
+#define MG_PANEL 64             /* columns of a weight panel */
+#define MG_KEYS 64              /* keys that attention takes at a time */
+
+#define MG_INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define MG_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define MG_UNROLL _Pragma("GCC unroll 64")
+#endif
+
+/* gelu(x) = max(x, 0) - |x|/2 * r^16, r = 1 / (c0 + c1 |x| + ... + c7 |x|^7): the form of Abramowitz and Stegun 7.1.28,
+   fitted here to |error| < 4e-7 in float32 arithmetic; there is no cancellation, so tails are as good. */
+#define MG_GELU_COEFFICIENTS \
+    0.9999998211860657f, 0.04987083747982979f, 0.021121790632605553f, 0.0033221833873540163f, \
+    -1.2405251254676841e-05f, 7.797643047524616e-05f, -2.7838361802423606e-06f, 8.794194741312822e-07f
+
+/* 2^f = sum c_i f^i for |f| <= 1/2, relative error 8e-8 */
+#define MG_EXP2_COEFFICIENTS \
+    1.0000001192092896f, 0.6931469440460205f, 0.24022120237350464f, 0.05550713464617729f, 0.009675541892647743f, \
+    0.0013276459649205208f
+#define MG_LOG2_E 1.4426950408889634
+
+/* Queries that listen to the same keys in one head, and those keys.  Query i stands at q[i], its result goes to out[i];
+   it sees keys 0 .. seen[i]-1, at least one.  gate[i] holds d values, or one if gate_width is 1; gate may be NULL. */
+struct mg_attention_block {
+    float *const *out;
+    const float *const *q;
+    const float *const *gate;
+    const size_t *seen;
+    const float *k, *v;
+    size_t k_row, v_row, gate_width, n_query, d;
+};
+
+/* The kernels of one instruction set.  Functions see one tile, in one thread. */
+struct mg_kernels {
+    const char *name;
+
+    /* Integer product.  pack_rows copies rows of a (rows,k) into a, one after the other, in the form that dot_panel
+       reads: a_bytes bytes per element, k rounded up to 4.  dot_panel makes acc (rows, MG_PANEL) of them,
+       rows <= max_rows, and one packed panel with its column sums. */
+    size_t max_rows, a_bytes;
+    void (*pack_rows)(void *packed, const int8_t *a, size_t rows, size_t k);
+    void (*dot_panel)(int32_t *acc, const void *a, const int8_t *panel, const int32_t *sums, size_t rows, size_t k);
+
+    /* One row of the epilogue, from integers or from floats; see mg_linear_int8 and mg_finish. */
+    void (*finish_int)(float *out, const int32_t *acc, float a_scale, const float *w_scale, const float *bias,
+                       const float *residual, int gelu, size_t n);
+    void (*finish)(float *out, const float *x, const float *bias, const float *residual, int gelu, size_t n);
+
+    float (*quantize_row)(int8_t *q, const float *x, size_t n);     /* -> scale */
+    void (*layer_norm_row)(float *out, const float *x, const float *weight, const float *bias, float eps, size_t n);
+
+    /* attend takes up to max_queries; attend_few, which reads keys in place, is the better one up to few_queries. */
+    size_t max_queries, few_queries;
+    size_t (*attend_floats)(size_t d);      /* size of scratch */
+    void (*attend)(const struct mg_attention_block *block, float *scratch);
+    void (*attend_few)(const struct mg_attention_block *block, float *scratch);
+};
+
+extern const struct mg_kernels mg_portable;
+#if defined(__x86_64__)
+extern const struct mg_kernels mg_avx2;
+extern const struct mg_kernels mg_avx512vnni;
+#endif
+
+const struct mg_kernels *mg_kernels(void);
+
+/* Runs task(context, i, worker) for every i < n_tasks, each once, worker < n_workers; returns when all are done. */
+typedef void (*mg_task)(void *context, size_t i, size_t worker);
+void mg_run(mg_task task, void *context, size_t n_tasks, size_t n_workers);
+
+MG_INLINE size_t mg_round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+MG_INLINE size_t mg_min(size_t a, size_t b) { return a < b ? a : b; }
+MG_INLINE size_t mg_max(size_t a, size_t b) { return a > b ? a : b; }
+
+#endif

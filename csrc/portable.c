@@ -1,0 +1,274 @@
+/* Plain C: the specification that the other instruction sets are tested against, and what runs on other processors.
+   Loops of a fixed length over LANES are for the compiler's vectoriser. */
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { ROWS = 4, LANES = 16 };
+
+static void pack_rows(void *packed, const int8_t *a, size_t rows, size_t k)
+{
+    size_t k4 = mg_round_up(k, 4);
+    for (size_t r = 0; r < rows; r++) {
+        int8_t *row = (int8_t *)packed + r * k4;
+        memcpy(row, a + r * k, k);
+        memset(row + k, 0, k4 - k);
+    }
+}
+
+/* Neither a nor the sums are offset here, so that the sums are not needed. */
+static void dot_panel(int32_t *acc, const void *a, const int8_t *panel, const int32_t *sums, size_t rows, size_t k)
+{
+    size_t k4 = mg_round_up(k, 4);
+    (void)sums;
+    for (size_t r = 0; r < rows; r++) {
+        const int8_t *row = (const int8_t *)a + r * k4;
+        int32_t sum[MG_PANEL] = {0};
+        for (size_t i = 0; i < k4; i += 4) {
+            const int8_t *w = panel + i * MG_PANEL;
+            for (size_t j = 0; j < MG_PANEL; j++)
+                sum[j] += row[i] * w[4 * j] + row[i + 1] * w[4 * j + 1] + row[i + 2] * w[4 * j + 2] +
+                          row[i + 3] * w[4 * j + 3];
+        }
+        memcpy(acc + r * MG_PANEL, sum, sizeof sum);
+    }
+}
+
+static inline float gelu_of(float x)
+{
+    static const float c[] = {MG_GELU_COEFFICIENTS};
+    float a = fabsf(x), r = c[7];
+    for (int i = 6; i >= 0; i--)
+        r = r * a + c[i];
+    r = 1.0f / r;
+    r *= r;
+    r *= r;
+    r *= r;
+    r *= r;
+    return (x > 0.0f ? x : 0.0f) - 0.5f * a * r;
+}
+
+static void finish(float *out, const float *x, const float *bias, const float *residual, int gelu, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        float y = x[i];
+        if (bias != NULL)
+            y += bias[i];
+        if (gelu)
+            y = gelu_of(y);
+        if (residual != NULL)
+            y += residual[i];
+        out[i] = y;
+    }
+}
+
+static void finish_int(float *out, const int32_t *acc, float a_scale, const float *w_scale, const float *bias,
+                       const float *residual, int gelu, size_t n)
+{
+    float x[MG_PANEL];
+    for (size_t i = 0; i < n; i++)
+        x[i] = (float)acc[i] * (a_scale * w_scale[i]);
+    finish(out, x, bias, residual, gelu, n);
+}
+
+static float quantize_row(int8_t *q, const float *x, size_t n)
+{
+    const float shift = 12582912.0f;    /* 1.5 * 2^23: adding it rounds to an integer, half to even */
+    float top = 0.0f;
+    for (size_t i = 0; i < n; i++)
+        top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+    if (top < 1e-30f) {
+        memset(q, 0, n);
+        return 1.0f;
+    }
+    float inverse = 127.0f / top;
+    for (size_t i = 0; i < n; i++)
+        q[i] = (int8_t)(x[i] * inverse + shift - shift);
+    return top / 127.0f;
+}
+
+static float total(const float *lanes)
+{
+    float sum = 0.0f;
+    for (int l = 0; l < LANES; l++)
+        sum += lanes[l];
+    return sum;
+}
+
+/* sum_i (a[i] - shift) * (b[i] - shift) */
+static float dot(const float *a, const float *b, float shift, size_t n)
+{
+    float lanes[LANES] = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++)
+            lanes[l] += (a[i + l] - shift) * (b[i + l] - shift);
+    for (; i < n; i++)
+        lanes[0] += (a[i] - shift) * (b[i] - shift);
+    return total(lanes);
+}
+
+static void layer_norm_row(float *out, const float *x, const float *weight, const float *bias, float eps, size_t n)
+{
+    float lanes[LANES] = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++)
+            lanes[l] += x[i + l];
+    for (; i < n; i++)
+        lanes[0] += x[i];
+    float mean = total(lanes) / (float)n;
+    float inverse = 1.0f / sqrtf(dot(x, x, mean, n) / (float)n + eps);
+    for (i = 0; i < n; i++)
+        out[i] = (x[i] - mean) * inverse * weight[i] + bias[i];
+}
+
+/* 2^x for x <= 0; 0 below -126 */
+static inline float exp2_of(float x)
+{
+    static const float c[] = {MG_EXP2_COEFFICIENTS};
+    const float shift = 12582912.0f;
+    float at = x > -126.0f ? x : -126.0f, shifted = at + shift, f = at - (shifted - shift), p = c[5];
+    int32_t n, bits;
+    for (int i = 4; i >= 0; i--)
+        p = p * f + c[i];
+    memcpy(&n, &shifted, sizeof n);
+    memcpy(&bits, &p, sizeof bits);
+    bits += (int32_t)((uint32_t)n << 23);   /* the low bits of the shifted number are the rounded one */
+    memcpy(&p, &bits, sizeof p);
+    return x > -126.0f ? p : 0.0f;
+}
+
+static size_t attend_floats(size_t d) { return (2 * d + MG_KEYS) * LANES; }
+
+/* Scores of keys k0 .. k0+n-1 as base-2 logarithms: p[j][lane], -inf where the query does not see the key. */
+static void score_keys(float *p, const float *qt, const struct mg_attention_block *b, size_t k0, size_t n)
+{
+    for (size_t j = 0; j < n; j++) {
+        const float *key = b->k + (k0 + j) * b->k_row;
+        float lanes[LANES] = {0};
+        for (size_t i = 0; i < b->d; i++)
+            for (int l = 0; l < LANES; l++)
+                lanes[l] += key[i] * qt[i * LANES + l];
+        for (size_t l = 0; l < b->n_query; l++)
+            lanes[l] = k0 + j < b->seen[l] ? lanes[l] : -INFINITY;
+        memcpy(p + j * LANES, lanes, sizeof lanes);
+    }
+}
+
+/* Online softmax: p becomes 2^(p - top) with the new maximum; sum and the scale of what was summed so far follow. */
+static void normalise(float *p, float *top, float *sum, float *scale, size_t n)
+{
+    float before[LANES];
+    memcpy(before, top, sizeof before);
+    for (size_t j = 0; j < n; j++)
+        for (int l = 0; l < LANES; l++)
+            top[l] = p[j * LANES + l] > top[l] ? p[j * LANES + l] : top[l];
+    for (int l = 0; l < LANES; l++) {
+        scale[l] = exp2_of(before[l] - top[l]);
+        sum[l] *= scale[l];
+    }
+    for (size_t j = 0; j < n; j++)
+        for (int l = 0; l < LANES; l++) {
+            p[j * LANES + l] = exp2_of(p[j * LANES + l] - top[l]);
+            sum[l] += p[j * LANES + l];
+        }
+}
+
+static void add_values(float *o, const float *p, const float *scale, const struct mg_attention_block *b, size_t k0,
+                       size_t n)
+{
+    for (size_t i = 0; i < b->d; i++) {
+        float lanes[LANES];
+        for (int l = 0; l < LANES; l++)
+            lanes[l] = o[i * LANES + l] * scale[l];
+        for (size_t j = 0; j < n; j++) {
+            float value = b->v[(k0 + j) * b->v_row + i];
+            for (int l = 0; l < LANES; l++)
+                lanes[l] += value * p[j * LANES + l];
+        }
+        memcpy(o + i * LANES, lanes, sizeof lanes);
+    }
+}
+
+/* out[i] = o[i * stride] / sum * gate */
+static void store(const struct mg_attention_block *b, size_t query, const float *o, size_t stride, float sum)
+{
+    const float *gate = b->gate != NULL ? b->gate[query] : NULL;
+    for (size_t i = 0; i < b->d; i++) {
+        float y = o[i * stride] / sum;
+        b->out[query][i] = gate != NULL ? y * gate[b->gate_width == 1 ? 0 : i] : y;
+    }
+}
+
+/* Queries lie across the lanes, so that neither keys nor values have to be rearranged. */
+static void attend(const struct mg_attention_block *b, float *scratch)
+{
+    float *qt = scratch, *o = qt + b->d * LANES, *p = o + b->d * LANES;
+    float top[LANES], sum[LANES] = {0}, scale[LANES], unit = (float)(MG_LOG2_E / sqrt((double)b->d));
+    size_t n_keys = 0;
+    memset(qt, 0, 2 * b->d * LANES * sizeof *qt);
+    for (size_t l = 0; l < LANES; l++)
+        top[l] = -1e30f;
+    for (size_t l = 0; l < b->n_query; l++) {
+        n_keys = mg_max(n_keys, b->seen[l]);
+        for (size_t i = 0; i < b->d; i++)
+            qt[i * LANES + l] = b->q[l][i] * unit;
+    }
+    for (size_t k0 = 0; k0 < n_keys; k0 += MG_KEYS) {
+        size_t n = mg_min(MG_KEYS, n_keys - k0);
+        score_keys(p, qt, b, k0, n);
+        normalise(p, top, sum, scale, n);
+        add_values(o, p, scale, b, k0, n);
+    }
+    for (size_t l = 0; l < b->n_query; l++)
+        store(b, l, o + l, LANES, sum[l]);
+}
+
+/* One query after the other; what the block of keys costs to read is shared. */
+static void attend_few(const struct mg_attention_block *b, float *scratch)
+{
+    float unit = (float)(MG_LOG2_E / sqrt((double)b->d)), p[MG_KEYS];
+    for (size_t l = 0; l < b->n_query; l++) {
+        float top = -1e30f, sum = 0.0f;
+        memset(scratch, 0, b->d * sizeof *scratch);
+        for (size_t k0 = 0; k0 < b->seen[l]; k0 += MG_KEYS) {
+            size_t n = mg_min(MG_KEYS, b->seen[l] - k0);
+            float before = top;
+            for (size_t j = 0; j < n; j++) {
+                p[j] = dot(b->q[l], b->k + (k0 + j) * b->k_row, 0.0f, b->d) * unit;
+                top = p[j] > top ? p[j] : top;
+            }
+            float scale = exp2_of(before - top);
+            sum *= scale;
+            for (size_t i = 0; i < b->d; i++)
+                scratch[i] *= scale;
+            for (size_t j = 0; j < n; j++) {
+                float weight = exp2_of(p[j] - top);
+                const float *value = b->v + (k0 + j) * b->v_row;
+                sum += weight;
+                for (size_t i = 0; i < b->d; i++)
+                    scratch[i] += weight * value[i];
+            }
+        }
+        store(b, l, scratch, 1, sum);
+    }
+}
+
+const struct mg_kernels mg_portable = {
+    .name = "portable",
+    .max_rows = ROWS,
+    .a_bytes = 1,
+    .pack_rows = pack_rows,
+    .dot_panel = dot_panel,
+    .finish_int = finish_int,
+    .finish = finish,
+    .quantize_row = quantize_row,
+    .layer_norm_row = layer_norm_row,
+    .max_queries = LANES,
+    .few_queries = 4,
+    .attend_floats = attend_floats,
+    .attend = attend,
+    .attend_few = attend_few,
+};

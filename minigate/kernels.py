@@ -1,0 +1,307 @@
+"""The only door to the C extension: checks, allocates, calls, turns a status into an exception.
+
+In and out go NumPy arrays, float32 and int8, C-ordered (others are copied; q, k and v of attention may be views with
+strides). Without the extension, with MINIGATE_ISA=numpy, and for float64 arrays the same functions of reference.py run.
+MINIGATE_ISA picks the instruction set, see use_isa(). All kernels may be called from several threads at once.
+
+Shapes: M rows, K inputs, N outputs, B batch, T time, D n_state, H n_head.
+"""
+
+import os
+import sys
+
+import numpy as np
+
+from minigate import reference
+from minigate import threads as _threads
+from minigate.errors import UsageError
+
+try:
+    from minigate._kernels import ffi, lib
+except ImportError as error:
+    compiled, _missing = False, str(error)
+else:
+    compiled, _missing = True, ""
+    _FLOATS, _INTS, _BYTES = ffi.typeof("float[]"), ffi.typeof("int32_t[]"), ffi.typeof("int8_t[]")
+
+MAX_THREADS = 256
+MAX_K = 131072      # inputs of an integer product that int32 surely holds
+ALIGNMENT = 64      # bytes, of packed weights
+
+_isa = ""           # the chosen instruction set; "" until one is needed
+_n_threads = 0      # 0 until they are set or needed
+
+
+# ---- instruction set and threads ----
+
+def usable_isas() -> list[str]:
+    """What use_isa() and MINIGATE_ISA may name here, from the slowest to the fastest."""
+    names = ["numpy"]
+    i = 0
+    while compiled and (name := lib.mg_isa_name(i)) != ffi.NULL:
+        if lib.mg_isa_usable(i):
+            names.append(ffi.string(name).decode())
+        i += 1
+    return names
+
+
+def use_isa(name: str = "") -> str:
+    """Runs all kernels on an instruction set from now on ("": the fastest); -> its name.
+
+    Raises UsageError if it is unknown or this process may not use it."""
+    global _isa
+    usable = usable_isas()
+    name = name or usable[-1]
+    if name not in usable:
+        raise UsageError(f"MINIGATE_ISA: expected one of {', '.join(usable)}, got {name}")
+    if name != "numpy":
+        _check(lib.mg_use_isa(name.encode()))
+    _isa = name
+    return name
+
+
+def isa() -> str:
+    """The instruction set in use: MINIGATE_ISA, else the fastest usable one; "numpy" stands for reference.py."""
+    if not _isa:
+        use_isa(os.environ.get("MINIGATE_ISA", ""))
+        if not compiled:
+            print(f"minigate: no C extension ({_missing}); running on NumPy, which is slow", file=sys.stderr)
+    return _isa
+
+
+def set_threads(n: int | None = None) -> int:
+    """Shares kernels, and BLAS if it is an OpenBLAS, among n threads (None: the cores this process may use); -> n."""
+    global _n_threads
+    n = _threads.available() if n is None else n
+    if not 1 <= n <= MAX_THREADS:
+        raise UsageError(f"threads: expected 1 to {MAX_THREADS}, got {n}")
+    if compiled:
+        _check(lib.mg_set_threads(n))
+    _threads.limit_blas(n)
+    _n_threads = n
+    return n
+
+
+def threads() -> int:
+    """The number of threads in use."""
+    return _n_threads or set_threads()
+
+
+def _in_c(x) -> bool:
+    """Whether a kernel on x runs in C; makes the choices that are open."""
+    if x.dtype == np.float64:
+        return False
+    if not _n_threads:
+        set_threads()
+    return (_isa or isa()) != "numpy"
+
+
+def _check(status: int) -> None:
+    if status == lib.MG_NO_MEMORY:
+        raise MemoryError("kernels: no memory for scratch")
+    if status != lib.MG_OK:
+        raise ValueError(f"kernels: the extension rejects a value, status {status}")
+
+
+def _array(name: str, x, shape: tuple, dtype) -> np.ndarray:
+    """x, or a C-ordered copy, after a check of its type and shape; a None in shape stands for any size."""
+    if not isinstance(x, np.ndarray) or x.dtype != dtype:
+        raise TypeError(f"{name}: expected an array of {np.dtype(dtype)}, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.ndim != len(shape) or any(n is not None and n != m for n, m in zip(shape, x.shape, strict=True)):
+        sizes = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name}: expected shape ({sizes}), got {x.shape}")
+    return x if x.flags.c_contiguous else np.ascontiguousarray(x)
+
+
+def _optional(name: str, x, shape: tuple, dtype) -> np.ndarray | None:
+    return None if x is None else _array(name, x, shape, dtype)
+
+
+def _float_type(name: str, x) -> np.dtype:
+    """float32 or float64: what x has."""
+    if not isinstance(x, np.ndarray) or x.dtype not in (np.float32, np.float64):
+        raise TypeError(f"{name}: expected an array of float32 or float64, got {getattr(x, 'dtype', type(x).__name__)}")
+    return x.dtype
+
+
+def _floats(x):
+    return ffi.NULL if x is None else ffi.from_buffer(_FLOATS, x)
+
+
+# ---- integers ----
+
+class PackedInt8:
+    """int8 weights (N, K) in the order in which the products read them; made by pack_int8()."""
+
+    __slots__ = ("shape", "_plain", "_packed", "_pointer")
+
+    def __init__(self, q: np.ndarray):
+        self.shape = q.shape
+        self._plain, self._packed, self._pointer = q, None, None
+        if compiled:
+            self.pointer()
+            self._plain = None
+
+    def pointer(self):
+        """The packed form (csrc/pack.c) as C reads it."""
+        if self._pointer is None:
+            size = lib.mg_packed_bytes(*self.shape)
+            room = np.empty(size + ALIGNMENT, np.int8)
+            start = -room.ctypes.data % ALIGNMENT
+            self._packed = room[start:start + size]
+            self._pointer = ffi.from_buffer(_BYTES, self._packed)
+            _check(lib.mg_pack_int8(self._pointer, ffi.from_buffer(_BYTES, self._plain), *self.shape))
+        return self._pointer
+
+    def plain(self) -> np.ndarray:
+        """The weights (N, K) int8 as they were."""
+        if self._plain is None:
+            n, k = self.shape
+            panels, groups = -(-n // 64), -(-k // 4)
+            packed = self._packed[:panels * groups * 256].reshape(panels, groups, 64, 4)
+            self._plain = packed.transpose(0, 2, 1, 3).reshape(panels * 64, groups * 4)[:n, :k].copy()
+        return self._plain
+
+
+def pack_int8(q: np.ndarray) -> PackedInt8:
+    """q (N, K) int8 in [-127, 127], at most MAX_K columns -> packed weights, which do not refer to q."""
+    q = _array("q", q, (None, None), np.int8)
+    if q.shape[1] > MAX_K:
+        raise ValueError(f"q: expected at most {MAX_K} columns, got {q.shape[1]}")
+    if q.size and q.min() < -127:
+        raise ValueError("q: expected weights from -127 to 127, got -128")
+    return PackedInt8(q)
+
+
+def matmul_int8(a: np.ndarray, w: PackedInt8) -> np.ndarray:
+    """a (M, K) int8, w (N, K) -> a wᵀ (M, N) int32, exact."""
+    n, k = w.shape
+    a = _array("a", a, (None, k), np.int8)
+    if not _in_c(a):
+        return reference.matmul_int8(a, w.plain())
+    acc = np.empty((a.shape[0], n), np.int32)
+    _check(lib.mg_matmul_int8(ffi.from_buffer(_INTS, acc), ffi.from_buffer(_BYTES, a), w.pointer(), a.shape[0], n, k))
+    return acc
+
+
+def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x (M, K) float32, finite -> q (M, K) int8, scale (M,) float32 with x ≈ scale * q.
+
+    scale = max |x| / 127 of the row, q = x * (127 / max) rounded half to even; a row of zeros has scale 1."""
+    x = _array("x", x, (None, None), np.float32)
+    if not _in_c(x):
+        return reference.quantize_rows(x)
+    q, scale = np.empty(x.shape, np.int8), np.empty(x.shape[0], np.float32)
+    _check(lib.mg_quantize_rows(ffi.from_buffer(_BYTES, q), _floats(scale), _floats(x), *x.shape))
+    return q, scale
+
+
+def linear_int8(q: np.ndarray, a_scale: np.ndarray, w: PackedInt8, w_scale: np.ndarray, bias=None, gelu=False,
+                residual=None) -> np.ndarray:
+    """[gelu](a_scale[m] * w_scale[n] * (q wᵀ)[m, n] + bias[n]) + residual -> (M, N) float32.
+
+    q (M, K) int8, a_scale (M,), w_scale (N,), bias (N,) or None, residual (M, N) or None, all float32."""
+    n, k = w.shape
+    q = _array("q", q, (None, k), np.int8)
+    m = q.shape[0]
+    a_scale = _array("a_scale", a_scale, (m,), np.float32)
+    w_scale = _array("w_scale", w_scale, (n,), np.float32)
+    bias = _optional("bias", bias, (n,), np.float32)
+    residual = _optional("residual", residual, (m, n), np.float32)
+    if not _in_c(q):
+        return reference.linear_int8(q, a_scale, w.plain(), w_scale, bias, gelu, residual)
+    out = np.empty((m, n), np.float32)
+    _check(lib.mg_linear_int8(_floats(out), ffi.from_buffer(_BYTES, q), _floats(a_scale), w.pointer(),
+                              _floats(w_scale), _floats(bias), _floats(residual), gelu, m, n, k))
+    return out
+
+
+# ---- floats ----
+
+def linear_f32(x: np.ndarray, w: np.ndarray, bias=None, gelu=False, residual=None) -> np.ndarray:
+    """[gelu](x wᵀ + bias) + residual -> (..., N), the product by BLAS. x (..., K), w (N, K), bias (N,) or None,
+    residual (..., N) or None; all float32 or all float64."""
+    dtype = _float_type("x", x)
+    w = _array("w", w, (None, x.shape[-1]), dtype)
+    n, rows = w.shape[0], x.reshape(-1, x.shape[-1])
+    bias = _optional("bias", bias, (n,), dtype)
+    residual = _optional("residual", residual, (*x.shape[:-1], n), dtype)
+    if not _in_c(x):
+        return reference.linear(x, w, bias, gelu, residual)
+    y = rows @ w.T
+    if bias is not None or gelu or residual is not None:
+        out = _floats(y)
+        _check(lib.mg_finish(out, out, _floats(bias), _floats(residual), gelu, *y.shape))
+    return y.reshape(*x.shape[:-1], n)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """x * Phi(x) elementwise, Phi the normal distribution function (no tanh); float32 or float64, any shape."""
+    dtype = _float_type("x", x)
+    x = _array("x", x, x.shape, dtype)
+    if not _in_c(x):
+        return reference.gelu(x)
+    y = np.empty_like(x)
+    width = x.shape[-1] if x.ndim else 1
+    _check(lib.mg_finish(_floats(y), _floats(x), ffi.NULL, ffi.NULL, True, x.size // width if width else 0, width))
+    return y
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float = 1e-5) -> np.ndarray:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis. x (..., D), weight, bias (D,)."""
+    dtype = _float_type("x", x)
+    x = _array("x", x, x.shape, dtype)
+    n = x.shape[-1]
+    weight, bias = _array("weight", weight, (n,), dtype), _array("bias", bias, (n,), dtype)
+    if not _in_c(x):
+        return reference.layer_norm(x, weight, bias, eps)
+    y = np.empty_like(x)
+    _check(lib.mg_layer_norm(_floats(y), _floats(x), _floats(weight), _floats(bias), eps, x.size // n if n else 0, n))
+    return y
+
+
+def _strided(name: str, x, shape: tuple, dtype) -> np.ndarray:
+    """x (B, T, D) after a check; a copy only if its last axis is not dense or a stride is negative."""
+    if not isinstance(x, np.ndarray) or x.dtype != dtype or x.ndim != 3 or x.strides[2] != x.itemsize \
+            or min(x.strides) < 0:
+        return _array(name, x, shape, dtype)
+    if any(n is not None and n != m for n, m in zip(shape, x.shape, strict=True)):
+        return _array(name, x, shape, dtype)
+    return x
+
+
+def _view(x) -> tuple:
+    """pointer, and the strides of batches and rows in elements."""
+    if x.flags.c_contiguous:
+        return ffi.from_buffer(_FLOATS, x), x.shape[1] * x.shape[2], x.shape[2]
+    return ffi.cast("float *", x.__array_interface__["data"][0]), x.strides[0] // 4, x.strides[1] // 4
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=False, gate=None) -> np.ndarray:
+    """softmax(q kᵀ / sqrt(D / H)) v * gate, head by head -> (B, Tq, D), without a Tq x Tk matrix in memory.
+
+    q (B, Tq, D); k, v (Bk, Tk, D), Bk divides B and row b attends to k[b // (B // Bk)]; all may be views with strides.
+    gate: None, (B, Tq, H) or (B, Tq, D). causal: query i sees keys j <= i + Tk - Tq, which needs Tq <= Tk."""
+    dtype = _float_type("q", q)
+    q = _strided("q", q, (None, None, None), dtype)
+    n_batch, t_q, n_state = q.shape
+    k = _strided("k", k, (None, None, n_state), dtype)
+    v = _strided("v", v, k.shape, dtype)
+    k_batch, t_k, _ = k.shape
+    if n_head < 1 or n_state % n_head:
+        raise ValueError(f"n_head: expected a divisor of {n_state}, got {n_head}")
+    if k_batch == 0 or n_batch % k_batch:
+        raise ValueError(f"k: expected a number of rows that divides the {n_batch} of q, got {k_batch}")
+    if t_k == 0 or (causal and t_q > t_k):
+        raise ValueError(f"k: expected at least {max(1, t_q if causal else 1)} positions, got {t_k}")
+    gate_width = 0
+    if gate is not None:
+        gate_width = n_state // n_head if gate.shape[-1] == n_state else 1
+        gate = _array("gate", gate, (n_batch, t_q, n_head * gate_width), dtype)
+    if not _in_c(q):
+        return reference.attention(q, k, v, n_head, causal, gate)
+    out = np.empty((n_batch, t_q, n_state), np.float32)
+    (q_data, *q_strides), (k_data, *k_strides), (v_data, *v_strides) = _view(q), _view(k), _view(v)
+    _check(lib.mg_attention(_floats(out), q_data, k_data, v_data, _floats(gate), *q_strides, *k_strides, *v_strides,
+                            gate_width, causal, n_batch, n_batch // k_batch, n_head, t_q, t_k, n_state // n_head))
+    return out
