@@ -1,0 +1,91 @@
+"""python -m minigate.convert SRC OUT.safetensors [--dtype float32|float16]: any Whisper checkpoint -> a model file.
+
+Tensors are converted and written one by one, so memory stays at the size of the largest.
+"""
+import argparse
+import hashlib
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from . import checkpoint, readers
+from .errors import FileError, UsageError
+from .tensorfile import Entry, LazyTensors, map_file
+
+SHOW_PROGRESS = 500_000_000  # bytes of output from which on a progress bar is shown
+CHUNK = 1 << 24  # bytes hashed at a time
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message}; see --help")
+
+
+def convert(src: str | Path, out: str | Path, dtype: str = "float32") -> checkpoint.ModelFile:
+    """Read any supported source, write out with float weights of dtype, return the new file, read back and checked.
+
+    The model's name is out's stem. Raises FileError for what cannot be read or written; then out is as it was before.
+    """
+    src, out = Path(src), Path(out)
+    source = readers.read_any(src)
+    provenance = {"source": src.resolve().name, "sha256": _sha256(source.files), "layout": source.kind,
+                  "command": f"python -m minigate.convert {src.resolve().name} {out.name} --dtype {dtype}"}
+    if source.provenance is not None:
+        provenance["made_from"] = source.provenance
+    metadata = checkpoint.make_metadata(out.stem, source.dims, provenance, alignment_heads=source.alignment_heads,
+                                        suppress_tokens=source.suppress_tokens, **source.extra)
+    vocabulary = checkpoint.pack_vocabulary(source.vocabulary)
+    tensors = LazyTensors(source.tensors.entries | {
+        checkpoint.VOCABULARY: Entry(vocabulary.shape, vocabulary.dtype, lambda: vocabulary)})
+    total = sum(math.prod(entry.shape) for entry in tensors.entries.values()) * np.dtype(dtype).itemsize
+    bar = _progress_bar(total) if total >= SHOW_PROGRESS else None
+    try:
+        checkpoint.write(out, metadata, tensors, dtype, bar.update if bar else None)
+    finally:
+        if bar:
+            bar.close()
+    return checkpoint.read(out)
+
+
+def _sha256(files: list[Path]) -> str | dict[str, str]:
+    """The hash of the file with the weights; of several, each by its name."""
+    def one(path: Path) -> str:
+        data, digest = map_file(path), hashlib.sha256()
+        for at in range(0, data.size, CHUNK):
+            digest.update(data[at:at + CHUNK])
+        return digest.hexdigest()
+
+    return one(files[0]) if len(files) == 1 else {path.name: one(path) for path in files}
+
+
+def _progress_bar(total: int) -> object:
+    from tqdm import tqdm
+    return tqdm(total=total, unit="B", unit_scale=True, desc="writing", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: one line on stdout, or one on stderr and exit code 1 (file) or 2 (usage)."""
+    parser = _Parser(prog="python -m minigate.convert", description="Convert a Whisper checkpoint to a model file.")
+    parser.add_argument("src", metavar="SRC", type=Path,
+                        help="an OpenAI .pt file, the folder of a Hugging Face or CTranslate2 model, or a model file")
+    parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the model file to write; its stem is the name")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32",
+                        help="of the weights in the file (default: float32)")
+    try:
+        args = parser.parse_args(argv)
+        if args.out.suffix != ".safetensors":
+            raise UsageError(f"OUT: expected a name that ends in .safetensors, got {args.out}")
+        model = convert(args.src, args.out, args.dtype)
+    except (FileError, UsageError) as error:
+        print(f"minigate.convert: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    parameters = sum(math.prod(shape) for shape in checkpoint.tensor_shapes(
+        model.metadata["dims"], model.metadata["gate"]["kind"]).values())
+    print(f"{args.out}: {model.metadata['name']}, {parameters} parameters, {args.out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
