@@ -13,9 +13,11 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 from minigate.errors import UsageError
+from minigate.languages import language_code
+from minigate.tokenizer import TASKS
 
-TASKS = ("transcribe", "translate")
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+LEAST_TEMPERATURE = 0.01  # above 0: logits / temperature stay in float32's range
 MODEL_SUPPRESS_SET = -1  # in suppress_tokens: the model's own list of non-speech symbols
 
 
@@ -23,7 +25,7 @@ MODEL_SUPPRESS_SET = -1  # in suppress_tokens: the model's own list of non-speec
 class TranscribeOptions:
     """How a recording is transcribed. Raises UsageError for a value outside its range."""
 
-    language: str | None = None  # code or name; None or "auto": detected in the first 30 s (English-only models: en)
+    language: str | None = None  # code or name; None, "auto": detected in the first 30 s (English-only models: en)
     task: str = "transcribe"  # or "translate": to English
     beam_size: int = 1  # beams at temperature 0; 1 is greedy
     patience: float = 1.0  # beam search ends with round(beam_size * patience) finished texts
@@ -82,7 +84,7 @@ class DecodingOptions:
         check = _Checks(self)
         check.language()
         check.choice("task", TASKS)
-        check.number("temperature", 0)
+        check.temperature()
         check.whole("beam_size", 1)
         check.number("patience", 0, above=True)
         check.whole("best_of", 1)
@@ -138,15 +140,19 @@ class _Checks:
             self.refuse(name, "a text that UTF-8 can hold", value)
 
     def language(self):
-        self.text("language")
-        if self.options.language in ("auto", ""):
-            self.set("language", None)
+        value = self.options.language
+        self.set("language", None if value in (None, "auto") else language_code(value))
+
+    def temperature(self):
+        value = self.options.temperature
+        if not _is_temperature(value):
+            self.refuse("temperature", f"0 or a number of at least {LEAST_TEMPERATURE}", value)
 
     def temperatures(self):
         value = self.options.temperature
         values = (value,) if isinstance(value, Real) else tuple(value) if isinstance(value, Iterable) else ()
-        if not values or not all(_is_number(t) and t >= 0 for t in values):
-            self.refuse("temperature", "a number of at least 0 or a sequence of them", value)
+        if not values or not all(map(_is_temperature, values)):
+            self.refuse("temperature", f"0 or a number of at least {LEAST_TEMPERATURE}, or a sequence of them", value)
         self.set("temperature", tuple(float(t) for t in values))
 
     def tokens(self):
@@ -173,6 +179,10 @@ def _is_unicode(text: str) -> bool:
 
 def _is_number(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_temperature(value) -> bool:
+    return _is_number(value) and (value == 0 or value >= LEAST_TEMPERATURE)
 
 
 # --- the command line ---

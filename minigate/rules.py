@@ -1,0 +1,99 @@
+"""Which tokens may come next: logits (rows, V) and the tokens decoded so far (rows, n) -> the same logits, forbidden
+ones at minus infinity.
+
+The rules are openai/whisper's: some tokens are never decoded, a text does not begin with a blank, and timestamps come
+in pairs that do not run backwards, or singly before the end.
+
+V n_vocab.  Timestamps are the last ids of the vocabulary: `timestamp_begin` is 0.00 s, each further id 0.02 s more.
+"""
+
+import numpy as np
+
+from minigate.errors import UsageError
+from minigate.options import MODEL_SUPPRESS_SET, DecodingOptions
+
+CHUNK_S = 30  # seconds of sound in a window
+
+
+def suppressed_tokens(model, chosen: tuple[int, ...]) -> np.ndarray:
+    """The ids that are never decoded: the `chosen` ones and every token that only opens or steers a text (those also
+    when nothing is chosen, where openai/whisper lets them through).
+
+    -1 among `chosen` stands for the model's own list, or Whisper's non-speech symbols when it has none. Raises
+    UsageError for the id of a timestamp or one outside the vocabulary.
+    """
+    tokenizer = model.tokenizer
+    ids = {token for token in chosen if token != MODEL_SUPPRESS_SET}
+    if ids and max(ids) >= tokenizer.timestamp_begin:
+        raise UsageError(f"suppress_tokens: expected ids below {tokenizer.timestamp_begin}, the first timestamp, "
+                         f"got {max(ids)}")
+    if MODEL_SUPPRESS_SET in chosen:
+        own = model.metadata.get("suppress_tokens")
+        ids.update(tokenizer.non_speech_tokens if own is None else own)
+    ids.update((tokenizer.transcribe, tokenizer.translate, tokenizer.sot, tokenizer.sot_prev, tokenizer.sot_lm))
+    ids.add(tokenizer.no_speech)  # its probability is read where the text starts
+    return np.array(sorted(ids))
+
+
+class Rules:
+    """The rules for one model and one choice of options; they keep no state between calls."""
+
+    def __init__(self, model, options: DecodingOptions):
+        tokenizer = model.tokenizer
+        self.eot = tokenizer.eot
+        self.timestamp_begin = tokenizer.timestamp_begin
+        self.timestamps = not options.without_timestamps
+        self.never = suppressed_tokens(model, options.suppress_tokens)
+        self.not_first = np.array([*tokenizer.encode(" "), self.eot] if options.suppress_blank else [], int)
+        self.max_initial = None
+        if self.timestamps:
+            self.never = np.union1d(self.never, tokenizer.no_timestamps)
+            if options.max_initial_timestamp is not None:
+                precision_s = CHUNK_S / model.dims.n_audio_ctx  # 0.02
+                self.max_initial = self.timestamp_begin + round(options.max_initial_timestamp / precision_s)
+
+    def apply(self, logits: np.ndarray, tokens: np.ndarray) -> None:
+        """logits (rows, V) float32, changed in place; tokens (rows, n): what was decoded so far, n >= 0."""
+        logits[:, self.never] = -np.inf
+        if tokens.shape[1] == 0:
+            self._first(logits)
+        if self.timestamps:
+            if tokens.shape[1]:
+                self._pairs(logits, tokens)
+            self._prefer_timestamps(logits)
+
+    def _first(self, logits: np.ndarray) -> None:
+        """The first token is no blank, and with timestamps it is one, not too late."""
+        logits[:, self.not_first] = -np.inf
+        if self.timestamps:
+            logits[:, : self.timestamp_begin] = -np.inf
+            if self.max_initial is not None:
+                logits[:, self.max_initial + 1 :] = -np.inf
+
+    def _pairs(self, logits: np.ndarray, tokens: np.ndarray) -> None:
+        """A start is followed by text, an end by a start or the end of the text, and none runs backwards.
+
+        The start that follows an end may be the same instant; an end is later than its start, so that every segment
+        has a length and the window after it begins further on.
+        """
+        begin = self.timestamp_begin
+        last = tokens[:, -1] >= begin
+        before = tokens[:, -2] >= begin if tokens.shape[1] > 1 else np.ones_like(last)
+        closed = last & ~before
+        latest = tokens.max(axis=1)  # timestamps are the largest ids and do not decrease
+        earliest = np.where(latest >= begin, latest + ~closed, begin)
+        earliest[last & before] = logits.shape[1]  # a start was the last token: no timestamp at all
+        allowed = np.arange(begin, logits.shape[1]) >= earliest[:, None]
+        np.copyto(logits[:, begin:], -np.inf, where=~allowed)
+        for row in np.flatnonzero(closed):
+            logits[row, : self.eot] = -np.inf
+
+    def _prefer_timestamps(self, logits: np.ndarray) -> None:
+        """Where all timestamps together are likelier than the likeliest other token, it is one of them."""
+        text = logits[:, : self.timestamp_begin]
+        times = logits[:, self.timestamp_begin :]
+        peak = times.max(axis=1)
+        with np.errstate(invalid="ignore"):  # a row in which no timestamp is allowed gives NaN, which is not above
+            together = peak + np.log(np.exp(times - peak[:, None]).sum(axis=1))
+        for row in np.flatnonzero(together > text.max(axis=1)):
+            text[row] = -np.inf

@@ -1,0 +1,108 @@
+"""Each rule by the set of tokens that it leaves."""
+
+import numpy as np
+import pytest
+
+from minigate.errors import UsageError
+from minigate.options import DecodingOptions
+from minigate.rules import Rules, suppressed_tokens
+from tests.scripted import ENGLISH as T
+from tests.scripted import ScriptedModel
+
+MODEL = ScriptedModel(None)
+BEGIN = T.timestamp_begin
+TEXT = set(range(T.eot))
+SPECIAL = set(range(T.eot, BEGIN))
+STEERING = {T.transcribe, T.translate, T.sot, T.sot_prev, T.sot_lm, T.no_speech}
+NEVER = STEERING | set(T.non_speech_tokens)
+
+
+def allowed(tokens=(), row=None, **options):
+    """The tokens left after `tokens`; all logits 0 unless given."""
+    logits = np.zeros((1, T.n_vocab), np.float32) if row is None else np.array([row], np.float32)
+    Rules(MODEL, DecodingOptions(**options)).apply(logits, np.array([tokens], int).reshape(1, -1))
+    return set(np.flatnonzero(logits[0] > -np.inf).tolist())
+
+
+def text_likely():
+    """Logits under which no timestamp is preferred."""
+    row = np.zeros(T.n_vocab)
+    row[:BEGIN] = 20
+    return row
+
+
+def times(first, last=1500):
+    return set(range(BEGIN + first, BEGIN + last + 1))
+
+
+def test_without_timestamps_only_the_first_token_differs():
+    blank = {T.encode(" ")[0], T.eot}
+    everything = TEXT | SPECIAL | times(0)
+    assert allowed(without_timestamps=True) == everything - NEVER - blank
+    assert allowed([65], without_timestamps=True) == everything - NEVER
+    assert allowed(without_timestamps=True, suppress_blank=False) == everything - NEVER
+
+
+def test_first_token_is_an_early_timestamp():
+    assert allowed(row=text_likely()) == times(0, 50)
+    assert allowed(row=text_likely(), max_initial_timestamp=0.3) == times(0, 15)
+    assert allowed(row=text_likely(), max_initial_timestamp=0.0) == times(0, 0)
+    assert allowed(row=text_likely(), max_initial_timestamp=None) == times(0)
+
+
+def test_text_follows_a_start():
+    words = TEXT | SPECIAL - {T.no_timestamps}
+    assert allowed([BEGIN + 3], text_likely()) == words - NEVER
+    assert allowed([BEGIN + 3, 65, BEGIN + 9, BEGIN + 9], text_likely()) == words - NEVER
+
+
+def test_an_end_is_later_than_its_start():
+    later = TEXT | SPECIAL - {T.no_timestamps} | times(4)
+    assert allowed([BEGIN + 3, 65], text_likely()) == later - NEVER
+    assert allowed([BEGIN + 3, 65, 66], text_likely()) == later - NEVER
+
+
+def test_after_an_end_comes_a_start_or_the_end_of_text():
+    left = SPECIAL - {T.no_timestamps} | times(9)
+    assert allowed([BEGIN + 3, 65, BEGIN + 9], text_likely()) == left - NEVER
+    assert allowed([BEGIN + 3, 65, BEGIN + 1500], text_likely()) == (SPECIAL - {T.no_timestamps} | times(1500)) - NEVER
+
+
+def test_text_between_segments_without_a_start_keeps_the_last_time():
+    assert allowed([BEGIN, 65, BEGIN + 7, BEGIN + 7, 66], text_likely()) & times(0) == times(8)
+
+
+def test_a_timestamp_when_all_together_are_likelier_than_any_other_token():
+    row = np.full(T.n_vocab, -30.0)
+    row[[65, 66]] = 0.0
+    row[BEGIN + 10 : BEGIN + 110] = -np.log(100) + 0.01  # together 0.01, likelier than each word
+    after = [BEGIN + 3, 67]
+    assert allowed(after, row) == times(4)
+    row[BEGIN + 10 : BEGIN + 110] -= 0.02
+    assert {65, 66} < allowed(after, row)
+    row[BEGIN + 10 : BEGIN + 110] += 0.02
+    row[65] = 0.02
+    assert {65, 66} < allowed(after, row)
+    assert allowed([67], row, without_timestamps=True) >= {65, 66}
+
+
+def test_rows_are_independent():
+    rng = np.random.default_rng(0)
+    histories = np.array([[BEGIN, 65, 66], [BEGIN, 65, BEGIN + 5], [BEGIN + 2, 67, 68], [BEGIN, 65, T.eot]])
+    logits = rng.normal(size=(4, T.n_vocab)).astype(np.float32)
+    rules = Rules(MODEL, DecodingOptions())
+    alone = logits.copy()
+    for i in range(4):
+        rules.apply(alone[i : i + 1], histories[i : i + 1])
+    rules.apply(logits, histories)
+    np.testing.assert_array_equal(logits, alone)
+
+
+def test_suppressed_tokens():
+    assert set(suppressed_tokens(MODEL, ())) == STEERING
+    assert set(suppressed_tokens(MODEL, (5, -1))) == NEVER | {5}
+    own = ScriptedModel(None)
+    own.metadata["suppress_tokens"] = [7, 8]
+    assert set(suppressed_tokens(own, (-1,))) == STEERING | {7, 8}
+    with pytest.raises(UsageError, match=f"suppress_tokens: expected ids below {BEGIN}.*got {BEGIN}$"):
+        suppressed_tokens(MODEL, (3, BEGIN))
