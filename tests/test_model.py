@@ -1,0 +1,104 @@
+"""The network against its formulas in float64, stage by stage; the cache; what it refuses."""
+
+import numpy as np
+import pytest
+
+from minigate import attention
+from minigate.model import Model, find
+from minigate.quantize import dequantize, quantize_dynamic
+from tests.toy import DIMS, Plain, toy_model
+
+RTOL = 2e-5  # float32 against float64, relative to the largest value
+
+
+def close(got, expected, rtol=RTOL):
+    np.testing.assert_allclose(got, expected, rtol=0, atol=rtol * np.abs(expected).max())
+
+
+def inputs(seed=0, windows=2, tokens=7):
+    rng = np.random.default_rng(seed)
+    mel = rng.standard_normal((windows, DIMS["n_mels"], 2 * DIMS["n_audio_ctx"])).astype(np.float32)
+    return mel, rng.integers(0, DIMS["n_vocab"], (windows, tokens))
+
+
+@pytest.mark.parametrize("kind", attention.GATE_KINDS)
+def test_encoder_then_decoder(kind):
+    metadata, tensors = toy_model(kind)
+    model, plain = Model(metadata, tensors), Plain(metadata, tensors)
+    mel, tokens = inputs()
+    xa = plain.encode(mel)
+    close(model.encode(mel), xa)
+    xa = xa.astype(np.float32)
+    close(model.decode(tokens, model.start(xa), all_positions=True), plain.decode(tokens, xa.astype(np.float64)))
+
+
+def test_token_by_token_equals_all_at_once():
+    model = Model(*toy_model("per_head"))
+    mel, tokens = inputs()
+    xa = model.encode(mel)
+    expected = model.decode(tokens, model.start(xa), all_positions=True)
+    cache = model.start(xa)
+    for i in range(tokens.shape[1]):
+        close(model.decode(tokens[:, i : i + 1], cache), expected[:, i])
+    assert cache.length == tokens.shape[1]
+
+
+def test_groups_share_a_window_and_rows_can_move():
+    model = Model(*toy_model())
+    mel, _ = inputs()
+    tokens = np.random.default_rng(1).integers(0, DIMS["n_vocab"], (6, 5))
+    xa = model.encode(mel)
+    cache = model.start(xa, group=3)
+    model.decode(tokens[:, :4], cache)
+    rows = np.array([2, 0, 0, 3, 5, 4])
+    cache.reorder(rows)
+    got = model.decode(tokens[:, 4:], cache)
+    for i, row in enumerate(rows):
+        own = np.concatenate([tokens[row, :4], tokens[i, 4:]])[None]
+        close(got[i], model.decode(own, model.start(xa[i // 3 : i // 3 + 1]))[0])
+
+
+def test_windows_can_be_dropped():
+    model = Model(*toy_model())
+    mel, tokens = inputs(windows=3)
+    cache = model.start(model.encode(mel))
+    model.decode(tokens[:, :4], cache)
+    cache.keep(np.array([0, 2]))
+    close(
+        model.decode(tokens[[0, 2], 4:], cache),
+        model.decode(tokens[[0, 2]], model.start(model.encode(mel[[0, 2]]))),
+    )
+
+
+def test_int8_is_close_to_its_own_weights_in_float():
+    metadata, tensors = quantize_dynamic(*toy_model("per_head"))
+    int8, float32 = Model(metadata, tensors), Model(*dequantize(metadata, tensors))
+    mel, tokens = inputs()
+    xa = float32.encode(mel)
+    close(int8.encode(mel), xa, rtol=0.05)
+    expected = float32.decode(tokens, float32.start(xa), all_positions=True)
+    got = int8.decode(tokens, int8.start(xa), all_positions=True)
+    close(got, expected, rtol=0.05)
+    assert not np.array_equal(got, expected)
+
+
+def test_variable_context_takes_shorter_windows():
+    metadata, tensors = toy_model()
+    mel = inputs()[0][:, :, :24]
+    with pytest.raises(ValueError, match=r"mel: expected shape \(B, 8, 40\), got \(2, 8, 24\)"):
+        Model(metadata, tensors).encode(mel)
+    close(Model({**metadata, "audio_context": "variable"}, tensors).encode(mel), Plain(metadata, tensors).encode(mel))
+
+
+def test_too_many_tokens_are_refused():
+    model = Model(*toy_model())
+    cache = model.start(model.encode(inputs()[0]))
+    with pytest.raises(ValueError, match="tokens: expected at most 16 positions in all, got 17"):
+        model.decode(np.zeros((2, 17), int), cache)
+    with pytest.raises(ValueError, match=r"tokens: expected shape \(2, T\) like the cache, got \(3, 1\)"):
+        model.decode(np.zeros((3, 1), int), cache)
+
+
+def test_an_unknown_model_names_the_embedded_ones():
+    with pytest.raises(ValueError, match="model: expected a model file or an embedded model .*got 'huge.xx'"):
+        find("huge.xx")
