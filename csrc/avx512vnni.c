@@ -1,0 +1,182 @@
+/* AVX-512 with VNNI: the integer product, the epilogue and the row kernels; attention is in avx512attention.c. */
+#if defined(__x86_64__)
+#include "kernels.h"
+
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+enum { ROWS = 6, VECTORS = MG_PANEL / 16 };    /* 6 rows * 4 vectors of sums fill 24 of 32 registers */
+
+/* dpbusd multiplies unsigned by signed: a is offset by 128, and the product by 128 times the column sum. */
+TARGET static void pack_rows(void *packed, const int8_t *a, size_t rows, size_t k)
+{
+    const __m512i offset = _mm512_set1_epi8(-128);
+    size_t k4 = mg_round_up(k, 4);
+    for (size_t r = 0; r < rows; r++) {
+        int8_t *out = (int8_t *)packed + r * k4;
+        const int8_t *row = a + r * k;
+        size_t i = 0;
+        for (; i + 64 <= k; i += 64)
+            _mm512_storeu_si512(out + i, _mm512_xor_si512(_mm512_loadu_si512(row + i), offset));
+        __mmask64 in = (1ULL << (k - i)) - 1, to = (1ULL << (k4 - i)) - 1;
+        if (in)
+            _mm512_mask_storeu_epi8(out + i, to, _mm512_xor_si512(_mm512_maskz_loadu_epi8(in, row + i), offset));
+    }
+}
+
+MG_INLINE TARGET void dot_rows(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *sums, size_t k4,
+                               const size_t rows)
+{
+    __m512i c[ROWS][VECTORS];
+    MG_UNROLL
+    for (size_t j = 0; j < VECTORS; j++) {
+        __m512i offset = _mm512_slli_epi32(_mm512_loadu_si512(sums + 16 * j), 7);
+        MG_UNROLL
+        for (size_t r = 0; r < rows; r++)
+            c[r][j] = _mm512_sub_epi32(_mm512_setzero_si512(), offset);
+    }
+    for (size_t i = 0; i < k4; i += 4) {
+        __m512i w[VECTORS];
+        MG_UNROLL
+        for (size_t j = 0; j < VECTORS; j++)
+            w[j] = _mm512_loadu_si512(panel + i * MG_PANEL + 64 * j);
+        MG_UNROLL
+        for (size_t r = 0; r < rows; r++) {
+            int32_t four;
+            memcpy(&four, a + r * k4 + i, sizeof four);
+            __m512i x = _mm512_set1_epi32(four);
+            MG_UNROLL
+            for (size_t j = 0; j < VECTORS; j++)
+                c[r][j] = _mm512_dpbusd_epi32(c[r][j], x, w[j]);
+        }
+    }
+    MG_UNROLL
+    for (size_t r = 0; r < rows; r++) {
+        MG_UNROLL
+        for (size_t j = 0; j < VECTORS; j++)
+            _mm512_storeu_si512(acc + r * MG_PANEL + 16 * j, c[r][j]);
+    }
+}
+
+TARGET static void dot_panel(int32_t *acc, const void *a, const int8_t *panel, const int32_t *sums, size_t rows,
+                             size_t k)
+{
+    size_t k4 = mg_round_up(k, 4);
+    switch (rows) {
+    case 1: dot_rows(acc, a, panel, sums, k4, 1); break;
+    case 2: dot_rows(acc, a, panel, sums, k4, 2); break;
+    case 3: dot_rows(acc, a, panel, sums, k4, 3); break;
+    case 4: dot_rows(acc, a, panel, sums, k4, 4); break;
+    case 5: dot_rows(acc, a, panel, sums, k4, 5); break;
+    default: dot_rows(acc, a, panel, sums, k4, ROWS); break;
+    }
+}
+
+MG_INLINE TARGET __mmask16 mask_of(size_t left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
+
+MG_INLINE TARGET __m512 gelu_of(__m512 x)
+{
+    static const float c[] = {MG_GELU_COEFFICIENTS};
+    __m512 a = _mm512_abs_ps(x), r = _mm512_set1_ps(c[7]);
+    MG_UNROLL
+    for (int i = 6; i >= 0; i--)
+        r = _mm512_fmadd_ps(r, a, _mm512_set1_ps(c[i]));
+    r = _mm512_div_ps(_mm512_set1_ps(1.0f), r);
+    r = _mm512_mul_ps(r, r);
+    r = _mm512_mul_ps(r, r);
+    r = _mm512_mul_ps(r, r);
+    r = _mm512_mul_ps(r, r);
+    a = _mm512_mul_ps(a, _mm512_set1_ps(0.5f));
+    return _mm512_fnmadd_ps(a, r, _mm512_max_ps(x, _mm512_setzero_ps()));
+}
+
+MG_INLINE TARGET void finish_at(float *out, __m512 x, const float *bias, const float *residual, int gelu, size_t i,
+                                __mmask16 mask)
+{
+    if (bias != NULL)
+        x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, bias + i));
+    if (gelu)
+        x = gelu_of(x);
+    if (residual != NULL)
+        x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, residual + i));
+    _mm512_mask_storeu_ps(out + i, mask, x);
+}
+
+TARGET static void finish(float *out, const float *x, const float *bias, const float *residual, int gelu, size_t n)
+{
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 mask = mask_of(n - i);
+        finish_at(out, _mm512_maskz_loadu_ps(mask, x + i), bias, residual, gelu, i, mask);
+    }
+}
+
+TARGET static void finish_int(float *out, const int32_t *acc, float a_scale, const float *w_scale, const float *bias,
+                              const float *residual, int gelu, size_t n)
+{
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 mask = mask_of(n - i);
+        __m512 scale = _mm512_mul_ps(_mm512_set1_ps(a_scale), _mm512_maskz_loadu_ps(mask, w_scale + i));
+        __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(acc + i)), scale);
+        finish_at(out, x, bias, residual, gelu, i, mask);
+    }
+}
+
+TARGET static float quantize_row(int8_t *q, const float *x, size_t n)
+{
+    __m512 tops = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16)
+        tops = _mm512_max_ps(tops, _mm512_abs_ps(_mm512_maskz_loadu_ps(mask_of(n - i), x + i)));
+    float top = _mm512_reduce_max_ps(tops);
+    if (top < 1e-30f) {
+        memset(q, 0, n);
+        return 1.0f;
+    }
+    __m512 inverse = _mm512_set1_ps(127.0f / top);
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 mask = mask_of(n - i);
+        __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
+        _mm512_mask_cvtsepi32_storeu_epi8(q + i, mask, rounded);
+    }
+    return top / 127.0f;
+}
+
+TARGET static void layer_norm_row(float *out, const float *x, const float *weight, const float *bias, float eps,
+                                  size_t n)
+{
+    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16)
+        sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask_of(n - i), x + i));
+    __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)n);
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 mask = mask_of(n - i);
+        __m512 centred = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + i), mean);
+        squares = _mm512_fmadd_ps(centred, centred, squares);
+    }
+    __m512 inverse = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)n + eps));
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 mask = mask_of(n - i);
+        __m512 y = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), mean), inverse);
+        y = _mm512_fmadd_ps(y, _mm512_maskz_loadu_ps(mask, weight + i), _mm512_maskz_loadu_ps(mask, bias + i));
+        _mm512_mask_storeu_ps(out + i, mask, y);
+    }
+}
+
+const struct mg_kernels mg_avx512vnni = {
+    .name = "avx512vnni",
+    .max_rows = ROWS,
+    .a_bytes = 1,
+    .pack_rows = pack_rows,
+    .dot_panel = dot_panel,
+    .finish_int = finish_int,
+    .finish = finish,
+    .quantize_row = quantize_row,
+    .layer_norm_row = layer_norm_row,
+    .max_queries = 48,
+    .few_queries = 8,
+    .attend_floats = mg_avx512_attend_floats,
+    .attend = mg_avx512_attend,
+    .attend_few = mg_avx512_attend_few,
+};
+#endif
