@@ -2,7 +2,6 @@
 
 Tensors are converted and written one by one, so memory stays at the size of the largest.
 """
-import argparse
 import hashlib
 import math
 import sys
@@ -10,17 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint, readers
-from .errors import FileError, UsageError
-from .tensorfile import Entry, LazyTensors, map_file
+from minigate import checkpoint, readers
+from minigate.errors import FileError, UsageError
+from minigate.options import ArgumentParser
+from minigate.tensorfile import Entry, LazyTensors, map_file
+from minigate.tokenizer import pack_vocabulary
 
 SHOW_PROGRESS = 500_000_000  # bytes of output from which on a progress bar is shown
 CHUNK = 1 << 24  # bytes hashed at a time
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UsageError(f"{message}; see --help")
 
 
 def convert(src: str | Path, out: str | Path, dtype: str = "float32") -> checkpoint.ModelFile:
@@ -30,13 +26,14 @@ def convert(src: str | Path, out: str | Path, dtype: str = "float32") -> checkpo
     """
     src, out = Path(src), Path(out)
     source = readers.read_any(src)
-    provenance = {"source": src.resolve().name, "sha256": _sha256(source.files), "layout": source.kind,
-                  "command": f"python -m minigate.convert {src.resolve().name} {out.name} --dtype {dtype}"}
+    provenance = {"source": src.absolute().name, "sha256": _sha256(source.files), "layout": source.kind,
+                  "command": f"python -m minigate.convert {src.absolute().name} {out.name} --dtype {dtype}"}
     if source.provenance is not None:
         provenance["made_from"] = source.provenance
-    metadata = checkpoint.make_metadata(out.stem, source.dims, provenance, alignment_heads=source.alignment_heads,
-                                        suppress_tokens=source.suppress_tokens, **source.extra)
-    vocabulary = checkpoint.pack_vocabulary(source.vocabulary)
+    metadata = checkpoint.make_metadata(
+        out.stem, source.dims, provenance, gate=source.gate, audio_context=source.audio_context,
+        alignment_heads=source.alignment_heads, suppress_tokens=source.suppress_tokens)
+    vocabulary = pack_vocabulary(source.vocabulary)
     tensors = LazyTensors(source.tensors.entries | {
         checkpoint.VOCABULARY: Entry(vocabulary.shape, vocabulary.dtype, lambda: vocabulary)})
     total = sum(math.prod(entry.shape) for entry in tensors.entries.values()) * np.dtype(dtype).itemsize
@@ -61,26 +58,30 @@ def _sha256(files: list[Path]) -> str | dict[str, str]:
 
 
 def _progress_bar(total: int) -> object:
-    from tqdm import tqdm
+    """A tqdm bar on stderr; None where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
     return tqdm(total=total, unit="B", unit_scale=True, desc="writing", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: one line on stdout, or one on stderr and exit code 1 (file) or 2 (usage)."""
-    parser = _Parser(prog="python -m minigate.convert", description="Convert a Whisper checkpoint to a model file.")
+    parser = ArgumentParser(prog="python -m minigate.convert", description="Make a model file of a Whisper checkpoint.")
     parser.add_argument("src", metavar="SRC", type=Path,
                         help="an OpenAI .pt file, the folder of a Hugging Face or CTranslate2 model, or a model file")
-    parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the model file to write; its stem is the name")
+    parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the file to write; its stem names the model")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32",
                         help="of the weights in the file (default: float32)")
+    args = parser.parse_args(argv)
     try:
-        args = parser.parse_args(argv)
         if args.out.suffix != ".safetensors":
             raise UsageError(f"OUT: expected a name that ends in .safetensors, got {args.out}")
         model = convert(args.src, args.out, args.dtype)
     except (FileError, UsageError) as error:
-        print(f"minigate.convert: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, FileError) else 2
     parameters = sum(math.prod(shape) for shape in checkpoint.tensor_shapes(
         model.metadata["dims"], model.metadata["gate"]["kind"]).values())
     print(f"{args.out}: {model.metadata['name']}, {parameters} parameters, {args.out.stat().st_size / 1e6:.1f} MB")

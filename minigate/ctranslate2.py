@@ -1,8 +1,8 @@
 """CTranslate2's model.bin -> tensors with openai/whisper's names.
 
-The file: binary version, name and revision of the specification, the variables (name, shape, dtype, bytes), the aliases
-(name, name). Whisper's query, key and value rows are fused into one variable; int8 and int16 weights w come with a scale
-s by which they were multiplied: x = w / s. Source: python/ctranslate2/specs/model_spec.py and whisper_spec.py.
+The file: binary version, name and revision of the specification, the variables (name, shape, dtype, bytes), the
+aliases (name, name). Query, key and value rows are fused into one variable; int8 and int16 weights w come with a scale
+s by which they were multiplied: x = w / s. Source: python/ctranslate2/specs/model_spec.py and whisper_spec.py there.
 """
 import math
 import struct
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import FileError
-from .tensorfile import Entry, LazyTensors, bfloat16_to_float32, map_file, show
+from minigate.errors import FileError
+from minigate.tensorfile import Entry, LazyTensors, bfloat16_to_float32, map_file, show
 
 VERSIONS = (4, 5, 6)  # of the container; 4 brought dtypes, and Whisper came later
 DTYPES = ("<f4", "i1", "<i2", "<i4", "<f2", "bfloat16")  # by type id
@@ -50,46 +50,53 @@ def read(path: str | Path) -> tuple[LazyTensors, dict[str, int]]:
     return LazyTensors(entries), model.scalars()
 
 
-def _parse(path: str | Path) -> tuple[dict[str, tuple[tuple[int, ...], str, np.ndarray]], dict[str, str]]:
-    """-> {variable: (shape, dtype, bytes)} as views of the mapped file, {alias: variable}."""
-    at, raw = 0, map_file(path)
+class _Cursor:
+    """Reads a mapped file from its start."""
 
-    def take(size: int) -> np.ndarray:
-        nonlocal at
-        at += size
-        if at > raw.size:
-            raise FileError(f"{path}: expected {at} bytes or more, got {raw.size} (not a CTranslate2 model, or truncated)")
-        return raw[at - size:at]
+    def __init__(self, path: str | Path):
+        self.path, self.raw, self.at = path, map_file(path), 0
 
-    def number(code: str) -> int:
-        return struct.unpack("<" + code, take(struct.calcsize("<" + code)).tobytes())[0]
+    def take(self, size: int) -> np.ndarray:
+        self.at += size
+        if self.at > self.raw.size:
+            raise FileError(f"{self.path}: expected {self.at} bytes or more, got {self.raw.size} "
+                            "(not a CTranslate2 model, or truncated)")
+        return self.raw[self.at - size:self.at]
 
-    def text() -> str:
-        value = take(number("H")).tobytes()
+    def number(self, code: str) -> int:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)).tobytes())[0]
+
+    def text(self) -> str:
+        value = self.take(self.number("H")).tobytes()
         try:
             return value.removesuffix(b"\0").decode()
         except UnicodeDecodeError:
-            raise FileError(f"{path}: expected a name in UTF-8, got {show(value)}") from None
+            raise FileError(f"{self.path}: expected a name in UTF-8, got {show(value)}") from None
 
-    version = number("I")
+
+def _parse(path: str | Path) -> tuple[dict[str, tuple[tuple[int, ...], str, np.ndarray]], dict[str, str]]:
+    """-> {variable: (shape, dtype, bytes)} as views of the mapped file, {alias: variable}."""
+    file = _Cursor(path)
+    version = file.number("I")
     if version not in VERSIONS:
         raise FileError(f"{path}: binary version: expected one of {VERSIONS}, got {version}")
-    if (specification := text()) != "WhisperSpec":
+    specification = file.text()
+    if specification != "WhisperSpec":
         raise FileError(f"{path}: specification: expected WhisperSpec, got {show(specification)}")
-    number("I")  # its revision: 1 to 3 have the same variables
+    file.number("I")  # its revision: 1 to 3 have the same variables
     variables = {}
-    for _ in range(number("I")):
-        name = text()
-        shape = tuple(number("I") for _ in range(number("B")))
-        kind, size = number("B"), number("I")
+    for _ in range(file.number("I")):
+        name = file.text()
+        shape = tuple(file.number("I") for _ in range(file.number("B")))
+        kind, size = file.number("B"), file.number("I")
         dtype = DTYPES[kind] if kind < len(DTYPES) else None
         if dtype is None or size != math.prod(shape) * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize):
             raise FileError(f"{path}: variable {show(name)}: expected a known type id and its bytes for {show(shape)}, "
                             f"got type id {kind} and {size} bytes")
-        variables[name] = shape, dtype, take(size)
-    aliases = {text(): text() for _ in range(number("I"))}
-    if at != raw.size:
-        raise FileError(f"{path}: expected {at} bytes, got {raw.size}")
+        variables[name] = shape, dtype, file.take(size)
+    aliases = {file.text(): file.text() for _ in range(file.number("I"))}
+    if file.at != file.raw.size:
+        raise FileError(f"{path}: expected {file.at} bytes, got {file.raw.size}")
     return variables, aliases
 
 
@@ -121,7 +128,8 @@ class _Variables:
         """One of the equal parts (along the first axis) of a variable."""
         shape, dtype, data = self.get(name)
         if not shape or shape[0] % parts:
-            raise FileError(f"{self.path}: variable {name}: expected a first axis divisible by {parts}, got {show(shape)}")
+            raise FileError(f"{self.path}: variable {name}: expected a first axis of {parts} equal parts, "
+                            f"got {show(shape)}")
         rows = slice(part * shape[0] // parts, (part + 1) * shape[0] // parts)
         scale = self.scale(name, shape)[rows] if dtype in ("i1", "<i2") else None
         kind = np.dtype("<f4" if dtype == "bfloat16" or scale is not None else dtype)
@@ -138,7 +146,8 @@ class _Variables:
         target = self.aliases.get(name, name)
         stored, dtype, data = self.get(f"{name}_scale" if self.has(f"{name}_scale") else f"{target}_scale")
         if dtype != "<f4" or stored not in ((), shape[:1]):
-            raise FileError(f"{self.path}: variable {name}_scale: expected () or {shape[:1]} float32, got {show(stored)}")
+            raise FileError(f"{self.path}: variable {name}_scale: expected () or {shape[:1]} float32, "
+                            f"got {show(stored)} {dtype}")
         values = np.broadcast_to(data.view(dtype).reshape(stored), shape[:1])
         if not (np.isfinite(values).all() and (values > 0).all()):
             raise FileError(f"{self.path}: variable {name}_scale: expected positive finite numbers")

@@ -7,8 +7,8 @@ Source: openai/gpt-2, src/encoder.py, bytes_to_unicode.
 import json
 from pathlib import Path
 
-from .errors import FileError
-from .tensorfile import show
+from minigate.errors import FileError
+from minigate.tensorfile import show
 
 EOT = "<|endoftext|>"
 

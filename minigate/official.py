@@ -1,4 +1,4 @@
-"""Facts on the models that OpenAI published: which dims they have, which heads align words, which vocabulary they speak.
+"""Facts on the models that OpenAI published: their dims, which heads align words, which vocabulary they speak.
 
 Source: openai/whisper (MIT), whisper/__init__.py for the alignment heads (its base85 masks, decoded), and
 whisper/assets/*.tiktoken for the vocabularies.
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import unpack_vocabulary
-from .errors import FileError
+from minigate.errors import FileError
+from minigate.tokenizer import unpack_vocabulary
 
 ENGLISH_VOCAB = 51864  # n_vocab of the English-only models; multilingual ones have 51865 (99 languages) or more
 SIZES = {(384, 4, 4): "tiny", (512, 6, 6): "base", (768, 12, 12): "small", (1024, 24, 24): "medium",
@@ -36,7 +36,7 @@ ALIGNMENT_HEADS = {  # [layer, head] of the cross-attention heads that follow th
 
 
 def official_name(dims: Mapping[str, int], hint: str = "") -> str | None:
-    """The official model with these dims, or None. large-v1 and -v2 have the same dims: the file name (hint) must tell."""
+    """The official model with these dims, or None. large-v1 and -v2 share their dims: hint (a file name) must tell."""
     size = SIZES.get((dims["n_audio_state"], dims["n_audio_layer"], dims["n_text_layer"]))
     if size == "large":
         if dims["n_mels"] == 128:

@@ -1,8 +1,8 @@
 """Whisper as others store it -> dims, tensors with openai/whisper's names, vocabulary.
 
-In: an OpenAI .pt file, a Hugging Face folder (model.safetensors or pytorch_model.bin, sharded or not, and config.json), a
-CTranslate2 folder (model.bin), or a float model file of our own. Out: a Source, whose tensors have been checked against
-the shapes that its dims demand and are made one by one when asked for. Nothing in the files is executed.
+In: an OpenAI .pt file, a Hugging Face folder (config.json, and model.safetensors or pytorch_model.bin, sharded or not),
+a CTranslate2 folder (model.bin), or a float model file of our own. Out: a Source, whose tensors have the shapes that
+its dims demand and are made one by one when asked for. Nothing in the files is executed.
 """
 import json
 from collections.abc import Mapping
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint, ctranslate2, foldervocab, tensorfile, unpickle
-from .errors import FileError
-from .official import ALIGNMENT_HEADS, official_name, official_vocabulary
-from .tensorfile import Entry, LazyTensors, show
+from minigate import checkpoint, ctranslate2, foldervocab, tensorfile, unpickle
+from minigate.errors import FileError
+from minigate.official import ALIGNMENT_HEADS, official_name, official_vocabulary
+from minigate.tensorfile import Entry, LazyTensors, show
+from minigate.tokenizer import Tokenizer, unpack_vocabulary
 
 HEAD_SIZE = 64  # channels of a head in every Whisper model, where a file does not say how many heads there are
 HUGGINGFACE = {"layers": "blocks", "fc1": "mlp.0", "fc2": "mlp.2", "self_attn": "attn", "encoder_attn": "cross_attn",
@@ -31,16 +32,17 @@ EMBEDDING, OUTPUT = "decoder.token_embedding.weight", "proj_out.weight"  # the l
 
 @dataclass(frozen=True)
 class Source:
-    """A model that has been read. files: where the weights are; extra: further arguments of checkpoint.make_metadata."""
+    """A model that has been read."""
     dims: dict[str, int]
-    tensors: Mapping[str, np.ndarray]
-    vocabulary: list[bytes]
+    tensors: LazyTensors  # float32 or float16
+    vocabulary: list[bytes]  # ordinary tokens in rank order
     alignment_heads: list[list[int]] | None
     suppress_tokens: list[int] | None
-    kind: str
-    files: list[Path]
-    extra: dict = field(default_factory=dict)
-    provenance: dict | None = None
+    kind: str  # openai, huggingface, ctranslate2 or minigate
+    files: list[Path]  # where the weights are
+    gate: dict = field(default_factory=lambda: {"kind": "none"})
+    audio_context: str = "full"
+    provenance: dict | None = None  # of a model file of our own
 
 
 def read_any(src: str | Path) -> Source:
@@ -53,7 +55,7 @@ def read_any(src: str | Path) -> Source:
             return _read_ctranslate2(path)
         if files := _huggingface_files(path):
             return _read_huggingface(path, files)
-        raise FileError(f"{path}: expected a folder with model.safetensors, pytorch_model.bin or model.bin, got neither")
+        raise FileError(f"{path}: expected a folder with model.safetensors, pytorch_model.bin or model.bin, got none")
     if tensorfile.map_file(path)[:4].tobytes() == b"PK\3\4":
         return _read_openai(path)
     if path.suffix == ".safetensors":
@@ -103,7 +105,7 @@ def _read_huggingface(folder: Path, files: list[Path]) -> Source:
     entries = {}
     for path in files:
         found = tensorfile.read(path)[1].entries if path.suffix == ".safetensors" else _torch_entries(
-            path, _instance(path, unpickle.read(path), dict))
+            path, _dict(path, unpickle.read(path)))
         entries |= {_openai_name(name): entry for name, entry in found.items()}
     output = entries.pop(OUTPUT, None)
     if output and EMBEDDING in entries and not np.array_equal(output.make(), entries[EMBEDDING].make()):
@@ -111,11 +113,12 @@ def _read_huggingface(folder: Path, files: list[Path]) -> Source:
     dims = _dims(folder, entries, config.get("encoder_attention_heads"), config.get("decoder_attention_heads"))
     for key, dim in CONFIG.items():
         if config.get(key, dims[dim]) != dims[dim]:
-            raise FileError(f"{folder / 'config.json'}: {key}: expected {dims[dim]} like the tensors, got {show(config[key])}")
+            raise FileError(f"{folder / 'config.json'}: {key}: expected {dims[dim]} like the tensors, "
+                            f"got {show(config[key])}")
     generation = folder / "generation_config.json"
     settings = config | (_json(generation) if generation.is_file() else {})
     return _finish(folder, "huggingface", files, dims, entries, foldervocab.read(folder), settings,
-                   f"{folder.resolve().name} {config.get('_name_or_path')}")
+                   f"{folder.absolute().name} {config.get('_name_or_path')}")
 
 
 def _openai_name(name: str) -> str:
@@ -133,19 +136,19 @@ def _read_ctranslate2(folder: Path) -> Source:
     dims = _dims(path, tensors.entries, scalars.get("encoder/num_heads"), scalars.get("decoder/num_heads"))
     settings = {"alignment_heads": config.get("alignment_heads"), "suppress_tokens": config.get("suppress_ids")}
     return _finish(path, "ctranslate2", [path], dims, tensors.entries, foldervocab.read(folder), settings,
-                   folder.resolve().name)
+                   folder.absolute().name)
 
 
 def _read_own(path: Path) -> Source:
     if tensorfile.read(path)[0].get("format") != "minigate":
         raise FileError(f"{path}: expected a model file of minigate; of a Hugging Face model give the folder")
     model = checkpoint.read(path)
-    meta = model.metadata
+    meta, entries = model.metadata, dict(model.tensors.entries)
     if meta["quantization"]:
-        raise FileError(f"{path}: expected a float model, got one quantized to {meta['quantization']['scheme']}")
-    entries = {name: entry for name, entry in model.tensors.entries.items() if name != checkpoint.VOCABULARY}
-    return Source(meta["dims"], LazyTensors(entries), model.vocabulary, meta["alignment_heads"], meta["suppress_tokens"],
-                  "minigate", [path], {"gate": meta["gate"], "audio_context": meta["audio_context"]}, meta["provenance"])
+        raise FileError(f"{path}: expected a float model, got one quantized as {meta['quantization']['scheme']}")
+    vocabulary = unpack_vocabulary(entries.pop(checkpoint.VOCABULARY).make())
+    return Source(meta["dims"], LazyTensors(entries), vocabulary, meta["alignment_heads"], meta["suppress_tokens"],
+                  "minigate", [path], meta["gate"], meta["audio_context"], meta["provenance"])
 
 
 def _dims(where: Path, entries: Mapping[str, Entry], audio_heads: int | None, text_heads: int | None) -> dict[str, int]:
@@ -178,9 +181,10 @@ def _finish(where: Path, kind: str, files: list[Path], dims: dict[str, int], ent
     checkpoint.check_tensors(where, LazyTensors(entries), {name: (shape, "float") for name, shape in shapes.items()})
     heads = settings.get("alignment_heads")
     if heads is None:
-        heads = ALIGNMENT_HEADS.get(official_name(dims, hint) or "")
+        heads = ALIGNMENT_HEADS.get(official_name(dims, hint))
     try:
         vocabulary = vocabulary or official_vocabulary(dims["n_vocab"])
+        Tokenizer(vocabulary, dims["n_vocab"])  # do they fit?
     except FileError as error:
         raise FileError(f"{where}: {error}") from None
     return Source(dims, LazyTensors({name: entries[name] for name in shapes}), vocabulary, heads,
@@ -189,14 +193,14 @@ def _finish(where: Path, kind: str, files: list[Path], dims: dict[str, int], ent
 
 def _json(path: Path) -> dict:
     try:
-        return _instance(path, json.loads(path.read_text("utf-8")), dict)
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(f"{path}: expected a JSON file, got {show(getattr(error, 'strerror', None) or str(error))}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FileError(f"{path}: expected a JSON file, got {show(reason)}") from None
+    return _dict(path, content)
 
 
-def _instance(where: Path, value: object, kind: type) -> object:
-    if not isinstance(value, kind):
-        raise FileError(f"{where}: expected a {kind.__name__}, got a {type(value).__name__}")
+def _dict(where: Path, value: object) -> dict:
+    if not isinstance(value, dict):
+        raise FileError(f"{where}: expected names and values, got a {type(value).__name__}")
     return value

@@ -11,18 +11,19 @@ import os
 import reprlib
 import secrets
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .errors import FileError
+from minigate.errors import FileError
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 ALIGNMENT = 64  # bytes; the data starts at a multiple of it, so large tensors do too
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U64": "<u8", "I32": "<i4", "U32": "<u4",
-          "I16": "<i2", "U16": "<u2", "I8": "i1", "U8": "u1", "BOOL": "?"}
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U64": "<u8", "I32": "<i4",
+          "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "i1", "U8": "u1", "BOOL": "?"}
 _SHORT = reprlib.Repr()  # bounded in depth and breadth: a few bytes of a file can describe an endless value
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxtuple = 3, 160, 80, 8
 CODES = {np.dtype(text): code for code, text in DTYPES.items() if code != "BF16"}
@@ -90,7 +91,7 @@ def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
 
 
 def read(path: str | Path) -> tuple[dict[str, str], LazyTensors]:
-    """safetensors file -> metadata {str: str}, tensors in the header's order. Raises FileError naming file and field."""
+    """safetensors file -> metadata, tensors in the header's order. Raises FileError naming the file and the field."""
     raw = map_file(path)
     header, start = _header(path, raw)
     metadata = header.pop("__metadata__", {})
@@ -111,19 +112,19 @@ def _header(path: str | Path, raw: np.ndarray) -> tuple[dict, int]:
         raise FileError(f"{path}: header length: expected at most {min(MAX_HEADER, raw.size - 8)} bytes, got {length} "
                         "(not a safetensors file, or truncated)")
     try:
-        header = json.loads(raw[8:8 + length].tobytes().decode("utf-8"), object_pairs_hook=_without_duplicates)
+        header = json.loads(raw[8:8 + length].tobytes().decode(), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: header: expected JSON in UTF-8, got {show(str(error))}") from None
-    if not isinstance(header, dict):
-        raise FileError(f"{path}: header: expected a JSON object, got {show(header)}")
+    if not isinstance(header, dict) or raw[8] != ord("{"):
+        raise FileError(f"{path}: header: expected a JSON object from its first byte on, got {show(header)}")
     return header, 8 + length
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {show(next(n for n in names if names.count(n) > 1))} twice")
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {show(repeated)} twice")
     return found
 
 
@@ -140,7 +141,8 @@ def _span(where: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
         raise FileError(f"{where}: data_offsets: expected [begin, end], got {show(offsets)}")
     size = math.prod(shape) * np.dtype(DTYPES[code]).itemsize
     if offsets[1] - offsets[0] != size:
-        raise FileError(f"{where}: data_offsets: expected {show(size)} bytes for {code} {show(shape)}, got {show(offsets)}")
+        raise FileError(f"{where}: data_offsets: expected {show(size)} bytes for {code} {show(shape)}, "
+                        f"got {show(offsets)}")
     return code, tuple(shape), offsets[0], offsets[1]
 
 
@@ -176,8 +178,8 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping
           float_dtype: str | None = None, progress: Callable[[int], object] | None = None) -> None:
     """Write name -> array to a new file that appears under its name only when it is complete and on disk.
 
-    float_dtype: "float32" or "float16" converts every floating tensor. progress is called with the bytes of each tensor
-    written. Raises FileError: folder or disk unwritable, dtype unknown to the format, value not finite after conversion.
+    float_dtype: "float32" or "float16" converts every floating tensor. progress is called with the bytes of each
+    tensor written. Raises FileError: folder or disk unwritable, dtype unknown to the format, value not finite.
     """
     path = Path(path)
     header, order = _plan(path, tensors, metadata, float_dtype)

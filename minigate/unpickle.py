@@ -12,16 +12,15 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .errors import FileError
-from .tensorfile import bfloat16_to_float32, map_file, show
+from minigate.errors import FileError
+from minigate.tensorfile import bfloat16_to_float32, map_file, show
 
-MAX_PICKLE = 100_000_000  # bytes; Whisper's are below 1 MB
 LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 ORDERED_DICT, REBUILD, PARAMETER = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2",
                                     "torch._utils _rebuild_parameter")
@@ -33,12 +32,12 @@ MARK = object()
 CONSTANTS = {"MARK": MARK, "NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, TypeError, LookupError, OverflowError, OSError,
-          EOFError, NotImplementedError, RuntimeError)  # what the parsers of the standard library raise at damaged input
+DAMAGE = (zipfile.BadZipFile, struct.error, ValueError, TypeError, LookupError, OverflowError, OSError, EOFError,
+          NotImplementedError, RuntimeError)  # what zipfile and pickletools raise at damaged input
 
 
 class Global(str):
-    """"module name" as the pickle refers to it. It stands for itself: nothing is imported."""
+    """A function or class that the pickle names, as "module name". It stands for itself: nothing is imported."""
 
 
 @dataclass(frozen=True)
@@ -75,36 +74,35 @@ def read(path: str | Path) -> object:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
-            found = [name for name in members if name.endswith("/data.pkl")]
-            if len(found) != 1:
-                raise FileError(f"expected a zip file with one NAME/data.pkl, got {len(found)}")
-            if members[found[0]].file_size > MAX_PICKLE:
-                raise FileError(f"data.pkl: expected at most {MAX_PICKLE} bytes, got {members[found[0]].file_size}")
-            root = found[0].removesuffix("data.pkl")
-            order = archive.read(root + "byteorder") if root + "byteorder" in members else b"little"
+        found = [name for name in members if name.endswith("/data.pkl")]
+        if len(found) != 1:
+            raise FileError(f"expected a zip file with one NAME/data.pkl, got {len(found)}")
+        root = found[0].removesuffix("data.pkl")
+        if root + "byteorder" in members:
+            order = _member(raw, members, root + "byteorder").tobytes()
             if order != b"little":
                 raise FileError(f"byteorder: expected little, got {show(order)}")
-            pickle = archive.read(found[0])
-        return interpret(pickle, lambda key: _member(raw, members.get(f"{root}data/{key}")))
+        pickle = _member(raw, members, found[0]).tobytes()
+        return interpret(pickle, lambda key: _member(raw, members, f"{root}data/{key}"))
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
     except DAMAGE as error:
         raise FileError(f"{path}: expected a zip file as torch.save writes it, got {show(str(error))}") from None
 
 
-def _member(raw: np.ndarray, info: zipfile.ZipInfo | None) -> np.ndarray:
+def _member(raw: np.ndarray, members: Mapping[str, zipfile.ZipInfo], name: str) -> np.ndarray:
     """One uncompressed zip member -> its bytes (n,) u8, a view of the mapped file, after a check of its checksum."""
-    if info is None:
-        raise FileError("storage: expected a member of the zip file under its key, got none")
-    where = f"storage {show(info.filename)}"
+    if name not in members:
+        raise FileError(f"zip file: expected the member {show(name)}, got none")
+    info = members[name]
     header = raw[info.header_offset:info.header_offset + LOCAL_HEADER].tobytes()
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or header[:4] != b"PK\3\4":
-        raise FileError(f"{where}: expected a zip member without compression or encryption")
+        raise FileError(f"{show(name)}: expected a zip member without compression or encryption")
     begin = info.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", header[26:]))
     data = raw[begin:begin + info.file_size]
     if data.size != info.file_size or zlib.crc32(data) != info.CRC:
-        raise FileError(f"{where}: expected {info.file_size} bytes with checksum {info.CRC:08x}, got {data.size} bytes "
-                        f"with {zlib.crc32(data):08x} (truncated or altered)")
+        raise FileError(f"{show(name)}: expected {info.file_size} bytes with checksum {info.CRC:08x}, got {data.size} "
+                        f"with {zlib.crc32(data):08x} (truncated or altered file)")
     return data
 
 
