@@ -94,7 +94,7 @@ def test_any_text_comes_back(name, request):
         ("a  b   ", ["a", " ", " b", "   "]),
         ("a\n\n b\t.", ["a", "\n\n", " b", "\t", "."]),
         ("x1²½ ٣a", ["x", "1²½", " ٣", "a"]),
-        ("一二三", ["一二三"]),  # letters, though Python calls them numeric
+        ("1一a", ["1", "一a"]),  # a letter, though Python calls it numeric
         ("a\x1c\x1c b", ["a", "\x1c\x1c", " b"]),  # no white space, though Python's isspace() says so
         ("a\x85\u2028\u3000b", ["a", "\x85\u2028", "\u3000", "b"]),
         ("e\u0301!", ["e", "\u0301!"]),
@@ -102,6 +102,12 @@ def test_any_text_comes_back(name, request):
 )
 def test_pieces(text, pieces):
     assert [piece.decode() for piece in split_pieces(text)] == pieces
+
+
+def test_white_space_is_unicodes():
+    """Two equal characters between letters: one piece, but two when they are white space."""
+    found = {point for point in range(0x21, 0x3100) if len(split_pieces(f"a{chr(point) * 2}b")) == 4}
+    assert found == {0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
 
 
 def plain_merge(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
@@ -123,6 +129,10 @@ def test_merging_equals_the_plain_loop():
         for _ in range(20):
             piece = bytes(rng.choices(b"abc", k=rng.randint(1, 40)))
             assert merge_bytes(piece, ranks) == plain_merge(piece, ranks)
+
+
+def test_a_piece_that_is_a_token_needs_no_merges():
+    assert Tokenizer([*BYTES, b"abc"], 257 + 1608).encode("abc abcd") == [256, 32, *b"abcd"]
 
 
 def test_a_long_piece_does_not_take_quadratic_time(english):

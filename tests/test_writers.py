@@ -143,6 +143,16 @@ def test_without_an_end_nothing_is_left(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_an_interrupt_while_opening_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(writer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "begin", interrupt)
+    with pytest.raises(KeyboardInterrupt), Outputs("all", tmp_path, "talk"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_older_file_is_replaced(tmp_path):
     (tmp_path / "talk.txt").write_text("older")
     with Outputs("txt", tmp_path, "talk") as outputs:
@@ -174,10 +184,13 @@ def test_a_full_disk():
 
 
 def test_a_reader_that_has_gone_is_no_file_error():
-    read, write_end = os.pipe()
-    os.close(read)
-    with pytest.raises(BrokenPipeError), open(write_end, "w") as file:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    file = open(write_end, "w")
+    with pytest.raises(BrokenPipeError):
         Writer("txt", file, "standard output").segment(SEGMENTS[0])
+    with pytest.raises(BrokenPipeError):
+        file.close()
 
 
 # --- what the options get wrong
