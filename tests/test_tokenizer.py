@@ -1,6 +1,5 @@
 """Tokenizer against golden/tokenizer.json (tiktoken and openai/whisper), a plain merge loop, and bad input."""
 
-import gzip
 import json
 import random
 import time
@@ -9,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import minigate
 from minigate.errors import FileError, UsageError
+from minigate.official import official_vocabulary
 from minigate.tokenizer import Tokenizer, merge_bytes, pack_vocabulary, split_pieces, unpack_vocabulary
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text(encoding="utf-8"))
@@ -18,24 +17,19 @@ ENGLISH, MULTILINGUAL = 1, 2  # columns of GOLDEN["cases"]
 BYTES = [bytes([byte]) for byte in range(256)]
 
 
-def load(name: str, n_vocab: int) -> Tokenizer:
-    packed = gzip.decompress((Path(minigate.__file__).parent / "vocab" / f"{name}.gz").read_bytes())
-    return Tokenizer(unpack_vocabulary(np.frombuffer(packed, np.uint8)), n_vocab)
-
-
 @pytest.fixture(scope="module")
 def english() -> Tokenizer:
-    return load("gpt2", 51864)
+    return Tokenizer(official_vocabulary(51864), 51864)
 
 
 @pytest.fixture(scope="module")
 def multilingual() -> Tokenizer:
-    return load("multilingual", 51865)
+    return Tokenizer(official_vocabulary(51865), 51865)
 
 
 @pytest.fixture(scope="module")
 def multilingual_100() -> Tokenizer:
-    return load("multilingual", 51866)
+    return Tokenizer(official_vocabulary(51866), 51866)
 
 
 # --- the packed vocabulary
