@@ -52,8 +52,8 @@ const char *mg_feature_name(size_t i)
     return i < sizeof features / sizeof features[0] ? features[i].name : NULL;
 }
 
-static const struct mg_kernels *const isas[] = {&mg_portable, &mg_avx512vnni};
-static const char *const needs[] = {"", "avx512f avx512bw avx512dq avx512vl avx512vnni"};
+static const struct mg_kernels *const isas[] = {&mg_portable, &mg_avx2, &mg_avx512vnni};
+static const char *const needs[] = {"", "avx2 fma", "avx2 fma avx512f avx512bw avx512dq avx512vl avx512vnni"};
 
 #else   /* NEON is part of AArch64; other processors run the portable code */
 

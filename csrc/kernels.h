@@ -72,6 +72,9 @@ extern const struct mg_kernels mg_portable;
 #if defined(__x86_64__)
 extern const struct mg_kernels mg_avx2;
 extern const struct mg_kernels mg_avx512vnni;
+size_t mg_avx2_attend_floats(size_t d);
+void mg_avx2_attend(const struct mg_attention_block *block, float *scratch);
+void mg_avx2_attend_few(const struct mg_attention_block *block, float *scratch);
 size_t mg_avx512_attend_floats(size_t d);
 void mg_avx512_attend(const struct mg_attention_block *block, float *scratch);
 void mg_avx512_attend_few(const struct mg_attention_block *block, float *scratch);
