@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from minigate import kernels
+from minigate import backward
 
 GATE_KINDS = ("none", "per_head", "per_head_mlp", "all_heads", "elementwise")
 GATE_HIDDEN = 4  # hidden size of per_head_mlp
@@ -58,8 +58,47 @@ def gate(kind: str, h: np.ndarray, p: Mapping[str, np.ndarray], n_head: int, sca
     return (0.5 * scale) * (1 + np.tanh(0.5 * logits))  # sigmoid that cannot overflow
 
 
-def gated_attention(
-    q, k, v, h, kind: str, p: Mapping[str, np.ndarray], n_head: int, scale: float, causal: bool = False
-) -> np.ndarray:
-    """q h (B, T_q, D), k v (B or fewer, T_k, D) -> (B, T_q, D), before the output projection."""
-    return kernels.attention(q, k, v, n_head, causal=causal, gate=gate(kind, h, p, n_head, scale))
+def gate_logits_backward(dlogits, kind: str, h, p: Mapping[str, np.ndarray], n_head: int) -> tuple:
+    """dlogits (B, T, H), or (B, T, D) for elementwise -> dh (B, T, D), gradients by parameter name."""
+    flat = dlogits.reshape(-1, dlogits.shape[-1])
+    if kind in ("all_heads", "elementwise"):
+        return dlogits @ p["weight"], {"weight": flat.T @ h.reshape(len(flat), -1), "bias": flat.sum(0)}
+    heads = h.reshape(*h.shape[:-1], n_head, -1)
+    if kind == "per_head":
+        dp = {"weight": np.einsum("bth,bthd->hd", dlogits, heads), "bias": flat.sum(0)}
+        return (dlogits[..., None] * p["weight"]).reshape(h.shape), dp
+    hidden = np.einsum("bthd,hkd->bthk", heads, p["0.weight"]) + p["0.bias"]
+    dhidden = dlogits[..., None] * p["2.weight"] * (hidden > 0)
+    dp = {
+        "0.weight": np.einsum("bthk,bthd->hkd", dhidden, heads),
+        "0.bias": dhidden.sum((0, 1)),
+        "2.weight": np.einsum("bth,bthk->hk", dlogits, np.maximum(hidden, 0)),
+        "2.bias": flat.sum(0),
+    }
+    return np.einsum("bthk,hkd->bthd", dhidden, p["0.weight"]).reshape(h.shape), dp
+
+
+def gated_attention(q, k, v, h, kind: str, p, n_head: int, scale: float, causal: bool) -> tuple:
+    """q h (B, T_q, D), k v (B, T_k, D), p the gate's parameters -> out (B, T_q, D), cache: the forward of training."""
+    a, lse = backward.attention_lse(q, k, v, n_head, causal)
+    g = gate(kind, h, p, n_head, scale)
+    out = a if g is None else times_gate(a, g)
+    return out, (a, lse, q, k, v, h, g, kind, p, n_head, scale, causal)
+
+
+def gated_attention_backward(dout, cache) -> tuple:
+    """dout (B, T_q, D) -> dq, dk, dv, dh (None for kind `none`), gradients of the gate by parameter name."""
+    a, lse, q, k, v, h, g, kind, p, n_head, scale, causal = cache
+    if g is None:
+        return *backward.attention_backward(dout, a, lse, q, k, v, n_head, causal), None, {}
+    dg = dout * a
+    if kind != "elementwise":
+        dg = dg.reshape(*dg.shape[:2], n_head, -1).sum(-1)
+    dlogits = dg * g * (1 - g / g.dtype.type(scale))  # g = scale σ and σ' = σ (1 - σ)
+    dh, dp = gate_logits_backward(dlogits, kind, h, p, n_head)
+    return *backward.attention_backward(times_gate(dout, g), a, lse, q, k, v, n_head, causal), dh, dp
+
+
+def times_gate(x: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """x (B, T, D), g (B, T, H) or (B, T, D) -> x times its head's, or its own, gate."""
+    return (x.reshape(*g.shape, -1) * g[..., None]).reshape(x.shape)

@@ -99,6 +99,82 @@ def mlp(ops, block: str, x):
     return ops.linear(f"{block}.mlp.2", h, residual=x)
 
 
+# --- the same lists reversed: each takes the gradient of its forward's result, dx (B, T, D), and returns its input's ---
+
+
+def encoder_backward(ops, dims: Dims, dxa: np.ndarray) -> None:
+    """dxa (B, T_mel / 2, D). The positions are constants."""
+    dx = ops.norm_backward("encoder.ln_post", dxa)
+    for i in reversed(range(dims.n_audio_layer)):
+        block = f"encoder.blocks.{i}"
+        dx = mlp_backward(ops, block, dx)
+        dx = self_attention_backward(ops, block, dx)
+    dx = ops.conv_backward("encoder.conv2", dx)
+    ops.conv_backward("encoder.conv1", dx)
+
+
+def cross_keys_values_backward(ops, dims: Dims, dcross: list[tuple]) -> np.ndarray:
+    """The gradients of k, v for each layer -> dxa (B, T_audio, D), summed over the layers."""
+    dxa = 0
+    for i in reversed(range(dims.n_text_layer)):
+        module, (dk, dv) = f"decoder.blocks.{i}.cross_attn", dcross[i]
+        dxa = dxa + ops.linear_backward(f"{module}.value", dv)[0]
+        dxa = dxa + ops.linear_backward(f"{module}.key", dk)[0]
+    return dxa
+
+
+def decoder_backward(ops, dims: Dims, dx: np.ndarray) -> list[tuple]:
+    """dx (B, T, D) -> the gradients of the cross k, v for each layer."""
+    dcross = []
+    for i in reversed(range(dims.n_text_layer)):
+        block = f"decoder.blocks.{i}"
+        dx = mlp_backward(ops, block, dx)
+        dx, dk, dv = cross_attention_backward(ops, block, dx)
+        dx = self_attention_backward(ops, block, dx)
+        dcross.append((dk, dv))
+    ops.embed_backward(dx)
+    return dcross[::-1]
+
+
+def self_attention_backward(ops, block: str, dy):
+    da, dx = ops.linear_backward(f"{block}.attn.out", dy)
+    dq, dk, dv, dh = ops.attention_backward(f"{block}.attn", da)
+    dh = plus(dh, ops.linear_backward(f"{block}.attn.value", dv)[0])
+    dh = plus(dh, ops.linear_backward(f"{block}.attn.key", dk)[0])
+    dh = plus(dh, ops.linear_backward(f"{block}.attn.query", dq)[0])
+    return dx + ops.norm_backward(f"{block}.attn_ln", dh)
+
+
+def cross_attention_backward(ops, block: str, dy):
+    """-> dx, and dk, dv (B, T_audio, D)."""
+    da, dx = ops.linear_backward(f"{block}.cross_attn.out", dy)
+    dq, dk, dv, dh = ops.attention_backward(f"{block}.cross_attn", da)
+    dh = plus(dh, ops.linear_backward(f"{block}.cross_attn.query", dq)[0])
+    return dx + ops.norm_backward(f"{block}.cross_attn_ln", dh), dk, dv
+
+
+def mlp_backward(ops, block: str, dy):
+    dh, dx = ops.linear_backward(f"{block}.mlp.2", dy)
+    dh, _ = ops.linear_backward(f"{block}.mlp.0", dh)
+    return dx + ops.norm_backward(f"{block}.mlp_ln", dh)
+
+
+def plus(a, b):
+    """a + b, where a may be None: there was no gradient yet."""
+    return b if a is None else a + b
+
+
+class Whole:
+    """A decoder's cache for training: all positions at once, nothing kept from call to call."""
+
+    def __init__(self, cross: list[tuple]):
+        self.cross = cross
+        self.length = 0
+
+    def extend(self, layer: int, k, v):
+        return k, v
+
+
 class Cache:
     """Keys and values of the decoder: `cross` computed once from xa, the others grown token by token.
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from minigate import kernels
-from minigate.attention import gate_shapes, gated_attention
+from minigate.attention import gate, gate_shapes
 
 CONV_WIDTH = 3  # both convolutions of the stem
 
@@ -86,8 +86,8 @@ class Float:
 
     def attention(self, name: str, q, k, v, h, n_head: int, causal: bool) -> np.ndarray:
         """q h (B, T_q, D), k v (B or fewer, T_k, D) -> (B, T_q, D)."""
-        gate = self.gates.get(name)
-        return gated_attention(q, k, v, h, self.gate_kind if gate else "none", gate, n_head, self.gate_scale, causal)
+        g = gate(self.gate_kind, h, self.gates.get(name), n_head, self.gate_scale)
+        return kernels.attention(q, k, v, n_head, causal=causal, gate=g)
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """x (B, T, D) -> (B, T, V), through the token embedding."""
