@@ -60,6 +60,14 @@ class TranscribeOptions:
         check.flag("without_timestamps")
         check.finished_texts()
 
+    def window(self, language: str, temperature: float, prompt: list[int], seed: tuple[int, ...]) -> "DecodingOptions":
+        """The options of one window's decoding."""
+        return DecodingOptions(
+            language=language, task=self.task, temperature=temperature, beam_size=self.beam_size,
+            patience=self.patience, best_of=self.best_of, length_penalty=self.length_penalty, prompt=tuple(prompt),
+            suppress_tokens=self.suppress_tokens, without_timestamps=self.without_timestamps, seed=seed,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class DecodingOptions:
