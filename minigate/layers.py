@@ -1,4 +1,4 @@
-"""The layers, forward and backward in pairs: free functions without state. Parameters and activations float32 or float64.
+"""The layers, forward and backward in pairs: free functions without state, in float32 or float64.
 
 A forward returns its result and the cache that its backward takes; a backward returns gradients and changes nothing.
 dx is the gradient of the loss with respect to x.

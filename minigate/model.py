@@ -99,7 +99,7 @@ def mlp(ops, block: str, x):
     return ops.linear(f"{block}.mlp.2", h, residual=x)
 
 
-# --- the same lists reversed: each takes the gradient of its forward's result, dx (B, T, D), and returns its input's ---
+# --- the same lists reversed: from the gradient of a forward's result, dx (B, T, D), to that of its input ---
 
 
 def encoder_backward(ops, dims: Dims, dxa: np.ndarray) -> None:
