@@ -1,0 +1,273 @@
+"""The losses of distillation, each with its gradient, and their options.
+
+In: what a student and its teacher computed on one batch. Out: values as Python floats for the log, and gradients with
+respect to the student's arrays, float32 or float64 like these.
+
+    loss = kl_weight * kl + ce_weight * ce + hidden_weight * hidden + OutlierPenalty.value
+
+`scale` multiplies a gradient but not a value: the share of a micro-batch in the whole batch.
+
+M label tokens, V n_vocab, B batch, T time, D n_state, A an activation of any shape.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from minigate.errors import UsageError
+from minigate.options import _Checks
+
+OUTLIER_GROUPS = ("block", "mlp", "final-norm")
+FINAL_NORMS = ("encoder.ln_post", "decoder.ln")
+CHUNK_BYTES = 1 << 19  # rows of logits differentiated at one time; some seven arrays of this size exist
+BLOCK = 1 << 15  # elements of an activation at one time: stays in the second-level cache
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Weights, temperature and outlier penalty. Raises UsageError for a value outside its range.
+
+    Distil-Whisper's paper (Gandhi et al., arXiv 2311.00430) and code disagree: the paper has 0.8 * KL + 1.0 * CE, our
+    defaults; its run_distillation.py has 0.8, a literal, before the CE, and 1.0 as the KL's default. The temperature
+    and its square before the KL are the code's alone, where evaluation uses temperature 1.
+    """
+
+    kl_weight: float = 0.8  # of temperature² * KL(teacher ‖ student)
+    ce_weight: float = 1.0  # of the cross-entropy on the pseudo-labels
+    hidden_weight: float = 0.0  # of the mean squared difference of the encoders' outputs
+    temperature: float = 2.0  # divides both models' logits in the KL, not in the cross-entropy
+    outlier_weight: float = 0.0  # of the mean over tensors of log(1 + E[(|A| / outlier_tau)^outlier_power])
+    outlier_tau: float = 6.0  # above this an activation counts much, below it little
+    outlier_power: float = 4.0  # above 1, or the gradient jumps at 0
+    outlier_tensors: str | Iterable[str] = OUTLIER_GROUPS  # any of OUTLIER_GROUPS, or a string of them with commas
+
+    def __post_init__(self):
+        check = _Checks(self)
+        weights = ("kl_weight", "ce_weight", "hidden_weight", "outlier_weight")
+        for name in weights:
+            check.number(name, 0)
+        for name in ("temperature", "outlier_tau"):
+            check.number(name, 0, above=True)
+        check.number("outlier_power", 1, above=True)
+        if not any(getattr(self, name) for name in weights):
+            raise UsageError(f"{', '.join(weights)}: expected one above 0 at least, got 0 for all")
+        groups = self.outlier_tensors
+        names = tuple(groups.split(",") if isinstance(groups, str) else groups)
+        if not names or len(set(names)) < len(names) or not set(names) <= set(OUTLIER_GROUPS):
+            check.refuse("outlier_tensors", f"some of {', '.join(OUTLIER_GROUPS)}, each once", groups)
+        check.set("outlier_tensors", names)
+
+
+# --- on the logits ---
+
+
+def kl_ce(
+    logits: np.ndarray,
+    teacher_logits: np.ndarray | None,
+    targets: np.ndarray,
+    options: DistillOptions,
+    scale: float = 1.0,
+    out: np.ndarray | None = None,
+) -> tuple[tuple[float, float], np.ndarray]:
+    """logits teacher_logits (M, V), targets (M,) -> (kl, ce), dlogits (M, V): softmax and losses in one derivative.
+
+    kl = T² KL(softmax(teacher_logits / T) ‖ softmax(logits / T)), T the temperature; ce = -log softmax(logits)[target];
+    both without their weights and averaged over the rows with a target of 0 or more, 0 if there is none.
+    dlogits is the gradient of scale * (kl_weight * kl + ce_weight * ce), 0 in the rows that do not count.
+    teacher_logits, of any float type, may be None when kl_weight is 0: kl is 0 then. `out` receives dlogits and may be
+    `logits`. Beyond it only a few rows are held at one time. ValueError when the shapes do not fit.
+    """
+    _check_logits(logits, teacher_logits, targets, options)
+    dlogits = np.empty_like(logits) if out is None else out
+    scored = np.flatnonzero(targets >= 0)
+    dlogits[targets < 0] = 0
+    n_rows = max(1, CHUNK_BYTES // (logits.itemsize * logits.shape[1]))
+    kl = ce = 0.0
+    for start in range(0, len(scored), n_rows):
+        rows = scored[start : start + n_rows]
+        ce_part, gradient = _ce(logits[rows], targets[rows])
+        ce += ce_part
+        gradient *= options.ce_weight * scale / len(scored)
+        if teacher_logits is not None:
+            kl_part, kl_gradient = _kl(logits[rows], teacher_logits[rows], options.temperature)
+            kl += kl_part
+            kl_gradient *= options.kl_weight * scale / len(scored)
+            gradient += kl_gradient
+        dlogits[rows] = gradient
+    n = max(1, len(scored))
+    return (kl / n, ce / n), dlogits
+
+
+def _check_logits(logits, teacher_logits, targets, options) -> None:
+    if logits.ndim != 2 or targets.shape != logits.shape[:1]:
+        raise ValueError(f"targets: expected shape (M,) for logits (M, V), got {targets.shape} for {logits.shape}")
+    if len(targets) and targets.max() >= logits.shape[1]:
+        raise ValueError(f"targets: expected tokens below {logits.shape[1]}, got {targets.max()}")
+    if teacher_logits is None and options.kl_weight:
+        raise ValueError(f"teacher_logits: expected an array for a kl_weight of {options.kl_weight}, got None")
+    if teacher_logits is not None and teacher_logits.shape != logits.shape:
+        raise ValueError(f"teacher_logits: expected shape {logits.shape} like logits, got {teacher_logits.shape}")
+
+
+def _log_softmax(x):
+    """x (r, V), which becomes log softmax(x) -> softmax(x)."""
+    x -= x.max(axis=1, keepdims=True)
+    e = np.exp(x)
+    total = e.sum(axis=1, keepdims=True)
+    x -= np.log(total)
+    e /= total
+    return e
+
+
+def _ce(z, targets):
+    """z (r, V), overwritten -> the rows' sum of -log softmax(z)[target], its gradient softmax(z) - onehot(target)."""
+    rows = np.arange(len(z))
+    p = _log_softmax(z)
+    p[rows, targets] -= 1
+    return -float(z[rows, targets].sum(dtype=np.float64)), p
+
+
+def _kl(z, t, temperature):
+    """z t (r, V), overwritten -> the rows' sum of T² KL(q ‖ p), its gradient T (p - q); p = softmax(z / T), q of t."""
+    z /= temperature
+    t = t.astype(z.dtype, copy=False)
+    t /= temperature
+    p, q = _log_softmax(z), _log_softmax(t)
+    t -= z
+    t *= q
+    p -= q
+    p *= temperature
+    return temperature**2 * float(t.sum(dtype=np.float64)), p
+
+
+# --- on the encoder's output ---
+
+
+def hidden_mse(xa: np.ndarray, teacher: np.ndarray, frames: np.ndarray, scale: float = 1.0) -> tuple[float, np.ndarray]:
+    """xa teacher (B, T, D), frames (B,) -> the mean of (xa - teacher)² over the first frames[b] frames of each row b,
+    and scale times its gradient (B, T, D), 0 beyond them. A teacher with a longer context is cut to T by the caller.
+
+    The student's frames alone count: a window that ends early is padding for the teacher. ValueError for shapes that
+    do not fit or more than T frames.
+    """
+    if xa.shape != teacher.shape or xa.ndim != 3:
+        raise ValueError(f"teacher: expected shape {xa.shape} (B, T, D) like xa, got {teacher.shape}")
+    if frames.shape != xa.shape[:1] or frames.min(initial=0) < 0 or frames.max(initial=0) > xa.shape[1]:
+        raise ValueError(f"frames: expected {len(xa)} numbers from 0 to {xa.shape[1]}, got {frames}")
+    n = max(1, int(frames.sum()) * xa.shape[2])
+    dxa, total = np.zeros_like(xa), 0.0
+    for d, x, t, n_frames in zip(dxa, xa, teacher, frames, strict=True):
+        d = d[:n_frames]
+        np.subtract(x[:n_frames], t[:n_frames], out=d)
+        total += float(np.square(d, dtype=np.float64).sum())
+        d *= 2 * scale / n
+    return total / n, dxa
+
+
+# --- on the activations ---
+
+
+def outlier(a: np.ndarray, tau: float, power: float) -> tuple[float, tuple]:
+    """A -> log(1 + m), m = E[(|A| / tau)^power] over all elements; cache.
+
+    After TWEO, whose authors leave out the logarithm. With s the largest |A|, log m = power * log(s / tau) +
+    log E[(|A| / s)^power]: the mean's terms are at most 1 and one is 1, so that nothing overflows.
+    """
+    flat = a.reshape(-1)
+    largest = float(max(flat.max(), -flat.min()))
+    if largest == 0:
+        return 0.0, (a, 0.0, 0.0, power)
+    total = sum(float(_power(r, power).sum(dtype=np.float64)) for r in _blocks(flat, largest))
+    log_m = power * math.log(largest / tau) + math.log(total / flat.size) if math.isfinite(total) else math.nan
+    share = 0.5 + 0.5 * math.tanh(0.5 * log_m)  # m / (1 + m)
+    value = max(log_m, 0.0) + math.log1p(math.exp(-abs(log_m)))  # log(1 + m)
+    return value, (a, largest, share / total, power)
+
+
+def outlier_backward(dvalue: float, cache: tuple) -> np.ndarray:
+    """dvalue, a number -> dA = dvalue * power * m / (1 + m) * sign(A) |A|^(power - 1) / sum |A|^power, like A."""
+    a, largest, share, power = cache
+    flat, da = a.reshape(-1), np.zeros(a.size, a.dtype)
+    if largest == 0:
+        return da.reshape(a.shape)
+    factor = dvalue * power * share / largest
+    for start, r in zip(range(0, flat.size, BLOCK), _blocks(flat, largest), strict=True):
+        block = slice(start, start + BLOCK)
+        np.copysign(_power(r, power - 1), flat[block], out=da[block])
+        da[block] *= factor
+    return da.reshape(a.shape)
+
+
+def _blocks(flat, largest):
+    """|A| / largest in [0, 1], block by block. Divided, not multiplied by 1 / largest: that may overflow."""
+    for start in range(0, flat.size, BLOCK):
+        r = np.abs(flat[start : start + BLOCK])
+        with np.errstate(invalid="ignore"):  # infinity / infinity: NaN, which the loss then shows
+            r /= largest
+        yield r
+
+
+def _power(r, power: float):
+    """r ** power for r >= 0. Products where power is a small whole number: 3 to 15 times as fast as NumPy's power."""
+    if power > 16 or not float(power).is_integer():
+        return r**power
+    result, power = None, int(power)
+    while power:
+        if power & 1:
+            result = r.copy() if result is None else np.multiply(result, r, out=result)
+        power >>= 1
+        if power:
+            r = r * r
+    return result
+
+
+def penalty_group(name: str) -> str | None:
+    """The group of OUTLIER_GROUPS to which a tensor of the training operators belongs, by its name, or None.
+
+    Names: "….mlp.2" the MLP's output, "….mlp.2 + residual" the block's output, and the two final layer norms.
+    """
+    if name in FINAL_NORMS:
+        return "final-norm"
+    return "block" if name.endswith(".mlp.2 + residual") else "mlp" if name.endswith(".mlp.2") else None
+
+
+def n_penalized(dims: Mapping[str, int], groups: Iterable[str]) -> int:
+    """The number of tensors that one forward of a model with these dims has in these groups."""
+    layers = dims["n_audio_layer"] + dims["n_text_layer"]
+    return sum(len(FINAL_NORMS) if group == "final-norm" else layers for group in groups)
+
+
+class OutlierPenalty:
+    """outlier_weight * mean over n_tensors tensors of log(1 + E[(|A| / tau)^power]), gathered during one forward.
+
+    Padded positions count like others. `value` includes the weight; `reset` comes before each forward.
+    """
+
+    def __init__(self, options: DistillOptions, n_tensors: int):
+        self.options, self.n_tensors = options, n_tensors
+        self.reset()
+
+    def reset(self, scale: float = 1.0) -> None:
+        """Begin a forward. scale: of the gradients."""
+        self.value, self._seen, self._scale = 0.0, 0, scale
+
+    def forward(self, name: str, a: np.ndarray) -> tuple | None:
+        """Add a tensor (any shape) to `value` -> what `backward` needs, or None when the tensor is not penalized.
+
+        RuntimeError after n_tensors tensors: `reset` was forgotten.
+        """
+        if penalty_group(name) not in self.options.outlier_tensors:
+            return None
+        if self._seen == self.n_tensors:
+            raise RuntimeError(f"outlier penalty: expected {self.n_tensors} tensors since reset, got {name} as well")
+        self._seen += 1
+        value, cache = outlier(a, self.options.outlier_tau, self.options.outlier_power)
+        weight = self.options.outlier_weight / self.n_tensors
+        self.value += weight * value
+        return weight * self._scale, cache
+
+    def backward(self, cache: tuple) -> np.ndarray:
+        """What forward gave -> the gradient of scale * value with respect to its tensor."""
+        return outlier_backward(*cache)
