@@ -57,7 +57,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def clip_scale(norm: float, clip_norm: float) -> float:
-    """What gradients of this global norm are multiplied with so that it is at most clip_norm."""
+    """What gradients of this global norm, which is finite, are multiplied with so that it is at most clip_norm."""
     return min(1.0, clip_norm / norm) if norm > 0 else 1.0
 
 

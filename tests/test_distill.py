@@ -16,6 +16,7 @@ def logits(dtype=np.float64, rows=M, vocabulary=V, seed=0):
     rng = np.random.default_rng(seed)
     z, t = 3 * rng.standard_normal((2, rows, vocabulary))
     targets = rng.integers(0, vocabulary, rows)
+    targets[:2] = 0, vocabulary - 1
     targets[2::4] = -1
     return z.astype(dtype), t.astype(dtype), targets
 
@@ -198,6 +199,14 @@ def test_outliers_in_float32_do_not_overflow(largest, tau, power):
     assert value == pytest.approx(np.log1p(m), rel=1e-5)
     expected = power * np.abs(wide) ** (power - 1) * np.sign(wide) / tau**power / a.size / (1 + m)
     np.testing.assert_allclose(da, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max() + 1e-37)
+
+
+def test_a_mean_beyond_float64_has_its_logarithm():
+    a = np.float32([[1e38, -3e37], [2e5, 0]])
+    value, cache = outlier(a, 1e-3, 40.0)
+    assert value == pytest.approx(40 * np.log(1e41) - np.log(4), rel=1e-6)
+    slope = (a.astype(np.float64) * outlier_backward(1.0, cache)).sum()  # of log E[|A|^40] along A: Euler's 40
+    assert slope == pytest.approx(40, rel=1e-5)
 
 
 def test_zeros_and_what_is_not_finite():
