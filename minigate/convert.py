@@ -36,7 +36,8 @@ def convert(src: str | Path, out: str | Path, dtype: str = "float32") -> checkpo
     vocabulary = pack_vocabulary(source.vocabulary)
     tensors = LazyTensors(source.tensors.entries | {
         checkpoint.VOCABULARY: Entry(vocabulary.shape, vocabulary.dtype, lambda: vocabulary)})
-    total = sum(math.prod(entry.shape) for entry in tensors.entries.values()) * np.dtype(dtype).itemsize
+    total = vocabulary.nbytes + np.dtype(dtype).itemsize * sum(
+        math.prod(entry.shape) for entry in source.tensors.entries.values())
     bar = _progress_bar(total) if total >= SHOW_PROGRESS else None
     try:
         checkpoint.write(out, metadata, tensors, dtype, bar.update if bar else None)

@@ -20,7 +20,8 @@ def read(folder: Path) -> list[bytes] | None:
         if path.is_file():
             try:
                 return _tokens(path)
-            except (OSError, ValueError, RecursionError, TypeError, LookupError, AttributeError) as error:
+            except (OSError, ValueError, RecursionError, TypeError, LookupError, AttributeError,
+                    StopIteration) as error:
                 raise FileError(f"{path}: expected a vocabulary of byte-level BPE, got {show(str(error))}") from None
     return None
 
@@ -29,13 +30,17 @@ def _tokens(path: Path) -> list[bytes]:
     text = path.read_bytes().decode()
     content = text.split("\n") if path.suffix == ".txt" else json.loads(text)
     if path.name == "tokenizer.json":
-        ids = {token["content"]: token["id"] for token in content["added_tokens"]} | content["model"]["vocab"]
+        ids = content["model"]["vocab"]
         _check_merges(ids, content["model"]["merges"])
-    else:
-        ids = content if isinstance(content, dict) else {token: i for i, token in enumerate(content)}
-    by_id = {i: token for token, i in ids.items()}
+        content = {**{token["content"]: token["id"] for token in content["added_tokens"]}, **ids}
+    pairs = content.items() if isinstance(content, dict) else ((token, i) for i, token in enumerate(content))
+    by_id = {i: token for token, i in pairs}
+    end = next(i for i, token in by_id.items() if token == EOT)
     alphabet = _alphabet()
-    return [bytes(alphabet[char] for char in by_id[i]) for i in range(ids[EOT])]
+    tokens = [bytes(alphabet[char] for char in by_id[i]) for i in range(end)]
+    if max(map(len, tokens)) > 255:
+        raise ValueError(f"a token of {max(map(len, tokens))} bytes where a model file can hold 255")
+    return tokens
 
 
 def _alphabet() -> dict[str, int]:

@@ -106,7 +106,9 @@ def _read_huggingface(folder: Path, files: list[Path]) -> Source:
     for path in files:
         found = tensorfile.read(path)[1].entries if path.suffix == ".safetensors" else _torch_entries(
             path, _dict(path, unpickle.read(path)))
-        entries |= {_openai_name(name): entry for name, entry in found.items()}
+        for name, entry in found.items():
+            if entries.setdefault(_openai_name(name), entry) is not entry:
+                raise FileError(f"{path}: tensor {show(name)}: expected once in all files, got it twice")
     output = entries.pop(OUTPUT, None)
     if output and EMBEDDING in entries and not np.array_equal(output.make(), entries[EMBEDDING].make()):
         raise FileError(f"{folder}: tensor {OUTPUT}: expected the token embedding's values, got others")

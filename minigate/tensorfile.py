@@ -13,6 +13,7 @@ import secrets
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,7 +199,8 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping
     except OSError as error:
         raise FileError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # not there: never made, or renamed
+            temporary.unlink()
 
 
 def _plan(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
