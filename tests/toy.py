@@ -7,7 +7,7 @@ from minigate.attention import gate_shapes
 
 DIMS = dict(
     n_mels=8, n_audio_ctx=20, n_audio_state=32, n_audio_head=4, n_audio_layer=2,
-    n_vocab=90, n_text_ctx=16, n_text_state=32, n_text_head=4, n_text_layer=2,
+    n_vocab=300, n_text_ctx=16, n_text_state=32, n_text_head=4, n_text_layer=2,
 )  # fmt: skip
 
 
