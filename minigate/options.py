@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
@@ -251,12 +252,21 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, defaults: dict | Non
 def decoding_options(args: argparse.Namespace) -> dict:
     """Parsed arguments -> the keyword arguments of `transcribe`, checked. UsageError names the flag."""
     options = {field.name: getattr(args, field.name) for field in fields(TranscribeOptions)}
-    try:
+    with errors_name_flags():
         checked = TranscribeOptions(**options)
-    except UsageError as error:
-        name, colon, rest = str(error).partition(":")
-        raise UsageError(_flag(name) + colon + rest) from None
     return {name: getattr(checked, name) for name in options}
+
+
+@contextmanager
+def errors_name_flags():
+    """A UsageError about an option, raised inside, names the flag: "beam_size: …" becomes "--beam-size: …"."""
+    try:
+        yield
+    except UsageError as error:
+        name, _, rest = str(error).partition(":")
+        if name not in ("threads", *(field.name for field in fields(TranscribeOptions))):
+            raise
+        raise UsageError(f"{_flag(name)}:{rest}") from None
 
 
 def _flag(name: str) -> str:
