@@ -7,56 +7,60 @@
 #include <string.h>
 
 #define TARGET __attribute__((target("avx2,fma")))
-enum { ROWS = 6, LANES = 8 };
+enum { ROWS = 4, LANES = 8 };
 
-/* a is widened here and w on the way, for maddubs would saturate: 2 * 128 * 127 * 2 does not fit 16 bits. */
-static void pack_rows(void *packed, const int8_t *a, size_t rows, size_t k)
+static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k)
 {
     size_t k4 = mg_round_up(k, 4);
     for (size_t r = 0; r < rows; r++) {
-        int16_t *out = (int16_t *)packed + r * k4;
-        const int8_t *row = a + r * k;
-        for (size_t i = 0; i < k; i++)
-            out[i] = row[i];
-        for (size_t i = k; i < k4; i++)
-            out[i] = 0;
+        int8_t *row = packed + r * k4;
+        memcpy(row, a + r * k, k);
+        memset(row + k, 0, k4 - k);
     }
 }
 
-/* A vector w holds 4 columns of 4; its sums are two for each column, added at the end.  rows * vectors <= 12 of 16
-   registers hold sums. */
-MG_INLINE TARGET void dot_rows(int32_t *acc, const int16_t *a, const int8_t *panel, size_t k4, const size_t rows,
+/* A vector holds 8 columns of 4.  maddubs adds pairs of unsigned times signed, here |a| and w with the sign of a, in 16
+   bits: exact, since |a| <= 128, and |w| <= 127 (mg_pack_int8 takes no other) so that w can change its sign and
+   2 * 128 * 127 < 2^15. */
+MG_INLINE TARGET void dot_rows(int32_t *acc, const int8_t *a, const int8_t *panel, size_t k4, const size_t rows,
                                const size_t vectors)
 {
-    for (size_t column = 0; column < MG_PANEL; column += 4 * vectors) {
-        __m256i c[12];
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (size_t column = 0; column < MG_PANEL; column += LANES * vectors) {
+        __m256i c[ROWS][8];
         MG_UNROLL
-        for (size_t t = 0; t < rows * vectors; t++)
-            c[t] = _mm256_setzero_si256();
-        for (size_t i = 0; i < k4; i += 4) {
-            const int8_t *at = panel + i * MG_PANEL + 4 * column;
+        for (size_t r = 0; r < rows; r++) {
             MG_UNROLL
-            for (size_t j = 0; j < vectors; j++) {
-                __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(at + 16 * j)));
+            for (size_t j = 0; j < vectors; j++)
+                c[r][j] = _mm256_setzero_si256();
+        }
+        for (size_t i = 0; i < k4; i += 4) {
+            __m256i w[8];
+            MG_UNROLL
+            for (size_t j = 0; j < vectors; j++)
+                w[j] = _mm256_loadu_si256((const __m256i *)(panel + i * MG_PANEL + 4 * column + 32 * j));
+            MG_UNROLL
+            for (size_t r = 0; r < rows; r++) {
+                int32_t four;
+                memcpy(&four, a + r * k4 + i, sizeof four);
+                __m256i x = _mm256_set1_epi32(four), size = _mm256_abs_epi8(x);
                 MG_UNROLL
-                for (size_t r = 0; r < rows; r++) {
-                    int64_t four;
-                    memcpy(&four, a + r * k4 + i, sizeof four);
-                    __m256i sum = _mm256_madd_epi16(_mm256_set1_epi64x(four), w);
-                    c[r * vectors + j] = _mm256_add_epi32(c[r * vectors + j], sum);
+                for (size_t j = 0; j < vectors; j++) {
+                    __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(w[j], x));
+                    c[r][j] = _mm256_add_epi32(c[r][j], _mm256_madd_epi16(pairs, ones));
                 }
             }
         }
         MG_UNROLL
-        for (size_t t = 0; t < rows * vectors; t += 2) {
-            __m256i sum = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c[t], c[t + 1]), 0xd8);
-            int32_t *out = acc + t / vectors * MG_PANEL + column + t % vectors * 4;
-            _mm256_storeu_si256((__m256i *)out, sum);
+        for (size_t r = 0; r < rows; r++) {
+            MG_UNROLL
+            for (size_t j = 0; j < vectors; j++)
+                _mm256_storeu_si256((__m256i *)(acc + r * MG_PANEL + column + LANES * j), c[r][j]);
         }
     }
 }
 
-TARGET static void dot_panel(int32_t *acc, const void *a, const int8_t *panel, const int32_t *sums, size_t rows,
+TARGET static void dot_panel(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *sums, size_t rows,
                              size_t k)
 {
     size_t k4 = mg_round_up(k, 4);
@@ -65,9 +69,7 @@ TARGET static void dot_panel(int32_t *acc, const void *a, const int8_t *panel, c
     case 1: dot_rows(acc, a, panel, k4, 1, 8); break;
     case 2: dot_rows(acc, a, panel, k4, 2, 4); break;
     case 3: dot_rows(acc, a, panel, k4, 3, 4); break;
-    case 4: dot_rows(acc, a, panel, k4, 4, 2); break;
-    case 5: dot_rows(acc, a, panel, k4, 5, 2); break;
-    default: dot_rows(acc, a, panel, k4, ROWS, 2); break;
+    default: dot_rows(acc, a, panel, k4, ROWS, 4); break;
     }
 }
 
@@ -78,6 +80,20 @@ MG_INLINE TARGET __m256i mask_of(size_t left)
 }
 
 MG_INLINE TARGET __m256 absolute(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+
+/* Up to 8 floats, zero beyond; masked accesses, slow on some processors, only where there are fewer. */
+MG_INLINE TARGET __m256 load(const float *x, size_t left)
+{
+    return left >= LANES ? _mm256_loadu_ps(x) : _mm256_maskload_ps(x, mask_of(left));
+}
+
+MG_INLINE TARGET void store(float *out, __m256 x, size_t left)
+{
+    if (left >= LANES)
+        _mm256_storeu_ps(out, x);
+    else
+        _mm256_maskstore_ps(out, mask_of(left), x);
+}
 
 MG_INLINE TARGET __m128 halves(__m256 x, int maximum)
 {
@@ -115,34 +131,32 @@ MG_INLINE TARGET __m256 gelu_of(__m256 x)
     return _mm256_fnmadd_ps(a, r, _mm256_max_ps(x, _mm256_setzero_ps()));
 }
 
+/* One vector at i of n. */
 MG_INLINE TARGET void finish_at(float *out, __m256 x, const float *bias, const float *residual, int gelu, size_t i,
-                                __m256i mask)
+                                size_t n)
 {
     if (bias != NULL)
-        x = _mm256_add_ps(x, _mm256_maskload_ps(bias + i, mask));
+        x = _mm256_add_ps(x, load(bias + i, n - i));
     if (gelu)
         x = gelu_of(x);
     if (residual != NULL)
-        x = _mm256_add_ps(x, _mm256_maskload_ps(residual + i, mask));
-    _mm256_maskstore_ps(out + i, mask, x);
+        x = _mm256_add_ps(x, load(residual + i, n - i));
+    store(out + i, x, n - i);
 }
 
 TARGET static void finish(float *out, const float *x, const float *bias, const float *residual, int gelu, size_t n)
 {
-    for (size_t i = 0; i < n; i += LANES) {
-        __m256i mask = mask_of(n - i);
-        finish_at(out, _mm256_maskload_ps(x + i, mask), bias, residual, gelu, i, mask);
-    }
+    for (size_t i = 0; i < n; i += LANES)
+        finish_at(out, load(x + i, n - i), bias, residual, gelu, i, n);
 }
 
 TARGET static void finish_int(float *out, const int32_t *acc, float a_scale, const float *w_scale, const float *bias,
                               const float *residual, int gelu, size_t n)
 {
     for (size_t i = 0; i < n; i += LANES) {
-        __m256i mask = mask_of(n - i);
-        __m256 scale = _mm256_mul_ps(_mm256_set1_ps(a_scale), _mm256_maskload_ps(w_scale + i, mask));
+        __m256 scale = _mm256_mul_ps(_mm256_set1_ps(a_scale), load(w_scale + i, n - i));
         __m256 x = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(acc + i)));
-        finish_at(out, _mm256_mul_ps(x, scale), bias, residual, gelu, i, mask);
+        finish_at(out, _mm256_mul_ps(x, scale), bias, residual, gelu, i, n);
     }
 }
 
@@ -150,7 +164,7 @@ TARGET static float quantize_row(int8_t *q, const float *x, size_t n)
 {
     __m256 tops = _mm256_setzero_ps();
     for (size_t i = 0; i < n; i += LANES)
-        tops = _mm256_max_ps(tops, absolute(_mm256_maskload_ps(x + i, mask_of(n - i))));
+        tops = _mm256_max_ps(tops, absolute(load(x + i, n - i)));
     float top = largest(tops);
     if (top < 1e-30f) {
         memset(q, 0, n);
@@ -158,10 +172,13 @@ TARGET static float quantize_row(int8_t *q, const float *x, size_t n)
     }
     __m256 inverse = _mm256_set1_ps(127.0f / top);
     for (size_t i = 0; i < n; i += LANES) {
-        __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_maskload_ps(x + i, mask_of(n - i)), inverse));
+        __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(load(x + i, n - i), inverse));
         __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-        int64_t eight = _mm_cvtsi128_si64(_mm_packs_epi16(half, half));
-        memcpy(q + i, &eight, mg_min(LANES, n - i));
+        __m128i eight = _mm_packs_epi16(half, half);
+        if (n - i >= LANES)
+            _mm_storel_epi64((__m128i *)(q + i), eight);
+        else
+            memcpy(q + i, &eight, n - i);
     }
     return top / 127.0f;
 }
@@ -171,27 +188,24 @@ TARGET static void layer_norm_row(float *out, const float *x, const float *weigh
 {
     __m256 sum = _mm256_setzero_ps(), squares = _mm256_setzero_ps();
     for (size_t i = 0; i < n; i += LANES)
-        sum = _mm256_add_ps(sum, _mm256_maskload_ps(x + i, mask_of(n - i)));
+        sum = _mm256_add_ps(sum, load(x + i, n - i));
     __m256 mean = _mm256_set1_ps(total(sum) / (float)n);
     for (size_t i = 0; i < n; i += LANES) {
-        __m256i mask = mask_of(n - i);
-        __m256 centred = _mm256_sub_ps(_mm256_maskload_ps(x + i, mask), mean);
-        centred = _mm256_and_ps(centred, _mm256_castsi256_ps(mask));
+        __m256 centred = _mm256_sub_ps(load(x + i, n - i), mean);
+        if (n - i < LANES)
+            centred = _mm256_and_ps(centred, _mm256_castsi256_ps(mask_of(n - i)));
         squares = _mm256_fmadd_ps(centred, centred, squares);
     }
     __m256 inverse = _mm256_set1_ps(1.0f / sqrtf(total(squares) / (float)n + eps));
     for (size_t i = 0; i < n; i += LANES) {
-        __m256i mask = mask_of(n - i);
-        __m256 y = _mm256_mul_ps(_mm256_sub_ps(_mm256_maskload_ps(x + i, mask), mean), inverse);
-        y = _mm256_fmadd_ps(y, _mm256_maskload_ps(weight + i, mask), _mm256_maskload_ps(bias + i, mask));
-        _mm256_maskstore_ps(out + i, mask, y);
+        __m256 y = _mm256_mul_ps(_mm256_sub_ps(load(x + i, n - i), mean), inverse);
+        store(out + i, _mm256_fmadd_ps(y, load(weight + i, n - i), load(bias + i, n - i)), n - i);
     }
 }
 
 const struct mg_kernels mg_avx2 = {
     .name = "avx2",
     .max_rows = ROWS,
-    .a_bytes = 2,
     .pack_rows = pack_rows,
     .dot_panel = dot_panel,
     .finish_int = finish_int,
@@ -202,6 +216,6 @@ const struct mg_kernels mg_avx2 = {
     .few_queries = 6,
     .attend_floats = mg_avx2_attend_floats,
     .attend = mg_avx2_attend,
-    .attend_few = mg_avx2_attend_few,
+    .attend_range = mg_avx2_attend_range,
 };
 #endif

@@ -3,7 +3,7 @@
    attend: queries lie across the lanes, up to 24 of them in 3 vectors.  Scores (keys, queries) and results (d, queries)
    are then products with broadcast elements of the keys and values, which are read where they are, and the softmax
    needs nothing across lanes.  4 keys, or 4 elements of d, times 3 vectors fill 12 of 16 registers.
-   attend_few: elements of d lie across the lanes; for a few queries, one in decoding. */
+   attend_range: elements of d lie across the lanes; for a few queries, one in decoding. */
 #if defined(__x86_64__)
 #include "kernels.h"
 
@@ -12,8 +12,7 @@
 #include <string.h>
 
 #define TARGET __attribute__((target("avx2,fma")))
-enum { LANES = 8, VECTORS = 3, TILE = 4, FEW = 6 };
-#define LOWEST -1e30f           /* before the first maximum */
+enum { LANES = 8, VECTORS = 3, TILE = 4, SOME_KEYS = 32 };
 
 /* 2^x for x <= 0; 0 below -126 */
 MG_INLINE TARGET __m256 exp2_of(__m256 x)
@@ -39,10 +38,7 @@ struct state {
     __m256i seen[VECTORS];
 };
 
-size_t mg_avx2_attend_floats(size_t d)
-{
-    return mg_max((2 * d + MG_KEYS) * LANES * VECTORS, FEW * (mg_round_up(d, LANES) + MG_KEYS));
-}
+size_t mg_avx2_attend_floats(size_t d) { return (2 * d + MG_KEYS) * LANES * VECTORS; }
 
 /* Scores of TILE keys, those beyond the last being copies of it; -inf where a query does not see a key. */
 MG_INLINE TARGET void score_tile(const struct state *s, const struct mg_attention_block *b, size_t key, size_t last,
@@ -151,7 +147,7 @@ TARGET static size_t load_queries(struct state *s, const struct mg_attention_blo
     }
     for (size_t v = 0; v < vectors; v++) {
         s->seen[v] = _mm256_loadu_si256((const __m256i *)(seen + v * LANES));
-        s->top[v] = _mm256_set1_ps(LOWEST);
+        s->top[v] = _mm256_set1_ps(MG_LOWEST);
         s->sum[v] = _mm256_setzero_ps();
     }
     return n_keys;
@@ -217,6 +213,12 @@ MG_INLINE TARGET __m256i mask_of(size_t left)
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(left < LANES ? (int)left : LANES), lane);
 }
 
+/* Up to 8 floats, zero beyond; masked accesses, slow on some processors, only where there are fewer. */
+MG_INLINE TARGET __m256 load(const float *x, size_t left)
+{
+    return left >= LANES ? _mm256_loadu_ps(x) : _mm256_maskload_ps(x, mask_of(left));
+}
+
 /* The sums of 8 vectors, in a vector. */
 MG_INLINE TARGET __m256 sums_of(const __m256 *c)
 {
@@ -225,23 +227,40 @@ MG_INLINE TARGET __m256 sums_of(const __m256 *c)
     return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
-/* p[j] = q . key[j], times unit, for n <= MG_KEYS keys; -> their maximum */
-TARGET static float score_few(float *p, const float *q, const float *key, size_t k_row, size_t n, size_t d, float unit)
+/* c[r] += q * key[r] for 8 keys, those beyond n being copies of the last, over some vectors, the last of up to 8. */
+MG_INLINE TARGET void score_step(__m256 *c, const float *q, const float *key, size_t k_row, size_t n, size_t left,
+                                 const size_t vectors)
 {
-    float top = LOWEST;
+    __m256 x[4];
+    MG_UNROLL
+    for (size_t v = 0; v < vectors; v++)
+        x[v] = load(q + v * LANES, left);
+    MG_UNROLL
+    for (size_t r = 0; r < LANES; r++) {
+        MG_UNROLL
+        for (size_t v = 0; v < vectors; v++)
+            c[r] = _mm256_fmadd_ps(x[v], load(key + v * LANES, left), c[r]);
+        key += r + 1 < n ? k_row : 0;
+    }
+}
+
+/* p[j] = q . key[j], times unit, for n <= SOME_KEYS keys; -> their maximum */
+TARGET static float score_some(float *p, const float *q, const float *key, size_t k_row, size_t n, size_t d, float unit)
+{
+    float top = MG_LOWEST;
     for (size_t j = 0; j < n; j += LANES) {
+        const float *at = key + j * k_row;
         __m256 c[LANES];
-        size_t last = mg_min(LANES, n - j) - 1;
+        size_t i = 0;
         MG_UNROLL
         for (size_t r = 0; r < LANES; r++)
             c[r] = _mm256_setzero_ps();
-        for (size_t i = 0; i < d; i += LANES) {
-            __m256i mask = mask_of(d - i);
-            __m256 x = _mm256_maskload_ps(q + i, mask);
-            MG_UNROLL
-            for (size_t r = 0; r < LANES; r++)
-                c[r] = _mm256_fmadd_ps(x, _mm256_maskload_ps(key + (j + mg_min(r, last)) * k_row + i, mask), c[r]);
-        }
+        for (; i + 4 * LANES <= d; i += 4 * LANES)
+            score_step(c, q + i, at + i, k_row, n - j, LANES, 4);
+        for (; i + LANES <= d; i += LANES)
+            score_step(c, q + i, at + i, k_row, n - j, LANES, 1);
+        if (i < d)
+            score_step(c, q + i, at + i, k_row, n - j, d - i, 1);
         _mm256_storeu_ps(p + j, _mm256_mul_ps(sums_of(c), _mm256_set1_ps(unit)));
     }
     for (size_t j = 0; j < n; j++)
@@ -250,7 +269,7 @@ TARGET static float score_few(float *p, const float *q, const float *key, size_t
 }
 
 /* p[j] = 2^(p[j] - top) -> their sum */
-TARGET static float weigh_few(float *p, float top, size_t n)
+TARGET static float weigh_some(float *p, float top, size_t n)
 {
     float sum = 0.0f;
     for (size_t j = 0; j < n; j += LANES)
@@ -260,55 +279,73 @@ TARGET static float weigh_few(float *p, float top, size_t n)
     return sum;
 }
 
-/* o = o * scale + sum_j p[j] * value[j] */
-TARGET static void add_few(float *o, float scale, const float *p, const float *value, size_t v_row, size_t n, size_t d)
+/* o = o * scale + sum_j p[j] * value[j], over some vectors, the last of up to 8 elements. */
+MG_INLINE TARGET void add_step(float *o, float scale, const float *p, const float *value, size_t v_row, size_t n,
+                               size_t left, const size_t vectors)
 {
-    for (size_t i = 0; i < d; i += 4 * LANES) {
-        __m256 c[4];
-        __m256i mask[4];
+    __m256 c[8];
+    MG_UNROLL
+    for (size_t v = 0; v < vectors; v++)
+        c[v] = _mm256_mul_ps(load(o + v * LANES, left), _mm256_set1_ps(scale));
+    for (size_t j = 0; j < n; j++, value += v_row) {
         MG_UNROLL
-        for (size_t v = 0; v < 4; v++) {
-            mask[v] = mask_of(i + v * LANES < d ? d - i - v * LANES : 0);
-            c[v] = _mm256_mul_ps(_mm256_maskload_ps(o + i + v * LANES, mask[v]), _mm256_set1_ps(scale));
-        }
-        for (size_t j = 0; j < n; j++) {
-            const float *x = value + j * v_row + i;
-            __m256 weight = _mm256_set1_ps(p[j]);
-            MG_UNROLL
-            for (size_t v = 0; v < 4; v++)
-                c[v] = _mm256_fmadd_ps(weight, _mm256_maskload_ps(x + v * LANES, mask[v]), c[v]);
-        }
-        MG_UNROLL
-        for (size_t v = 0; v < 4; v++)
-            _mm256_maskstore_ps(o + i + v * LANES, mask[v], c[v]);
+        for (size_t v = 0; v < vectors; v++)
+            c[v] = _mm256_fmadd_ps(_mm256_set1_ps(p[j]), load(value + v * LANES, left), c[v]);
+    }
+    MG_UNROLL
+    for (size_t v = 0; v < vectors; v++) {
+        if (left >= LANES)
+            _mm256_storeu_ps(o + v * LANES, c[v]);
+        else
+            _mm256_maskstore_ps(o + v * LANES, mask_of(left), c[v]);
     }
 }
 
-TARGET void mg_avx2_attend_few(const struct mg_attention_block *b, float *scratch)
+TARGET static void add_some(float *o, float scale, const float *p, const float *value, size_t v_row, size_t n, size_t d)
 {
-    float unit = (float)(MG_LOG2_E / sqrt((double)b->d)), top[FEW], sum[FEW], *p = scratch + FEW * b->d;
-    size_t n_keys = 0;
-    memset(scratch, 0, b->n_query * b->d * sizeof *scratch);
-    for (size_t l = 0; l < b->n_query; l++) {
-        n_keys = mg_max(n_keys, b->seen[l]);
-        top[l] = LOWEST;
-        sum[l] = 0.0f;
-    }
-    for (size_t k0 = 0; k0 < n_keys; k0 += MG_KEYS)
-        for (size_t l = 0; l < b->n_query; l++) {       /* the keys and values stay in the first-level cache */
-            size_t n = b->seen[l] > k0 ? mg_min(MG_KEYS, b->seen[l] - k0) : 0;
-            if (n == 0)
-                continue;
-            float before = top[l], scale;
-            top[l] = fmaxf(before, score_few(p, b->q[l], b->k + k0 * b->k_row, b->k_row, n, b->d, unit));
-            scale = exp2f(before - top[l]);
-            sum[l] = sum[l] * scale + weigh_few(p, top[l], n);
-            add_few(scratch + l * b->d, scale, p, b->v + k0 * b->v_row, b->v_row, n, b->d);
+    size_t i = 0;
+    for (; i + 8 * LANES <= d; i += 8 * LANES)
+        add_step(o + i, scale, p, value + i, v_row, n, LANES, 8);
+    for (; i + LANES <= d; i += LANES)
+        add_step(o + i, scale, p, value + i, v_row, n, LANES, 1);
+    if (i < d)
+        add_step(o + i, scale, p, value + i, v_row, n, d - i, 1);
+}
+
+/* Fetches, while head is at work, its share of the rows that all heads will read next, in the order of memory. */
+MG_INLINE TARGET void fetch_share(const struct mg_attention_range *r, size_t key, size_t head)
+{
+    size_t n = key < r->end_key ? mg_min(SOME_KEYS, r->end_key - key) : 0;
+    for (size_t j = key + n * head / r->n_head; j < key + n * (head + 1) / r->n_head; j++)
+        for (size_t i = 0; i < r->n_head * r->d; i += 64 / sizeof(float)) {
+            _mm_prefetch((const char *)(r->k + j * r->k_row + i), _MM_HINT_T1);
+            _mm_prefetch((const char *)(r->v + j * r->v_row + i), _MM_HINT_T1);
         }
-    for (size_t l = 0; l < b->n_query; l++)
-        for (size_t i = 0; i < b->d; i++) {
-            float y = scratch[l * b->d + i] / sum[l];
-            b->out[l][i] = b->gate != NULL ? y * b->gate[l][b->gate_width == 1 ? 0 : i] : y;
+}
+
+TARGET void mg_avx2_attend_range(const struct mg_attention_range *r)
+{
+    float unit = (float)(MG_LOG2_E / sqrt((double)r->d)), p[SOME_KEYS];
+    for (size_t i = 0; i < r->n_query * r->n_head; i++) {
+        r->top[i] = MG_LOWEST;
+        r->sum[i] = 0.0f;
+    }
+    memset(r->o, 0, r->n_query * r->n_head * r->d * sizeof *r->o);
+    for (size_t key = r->first_key; key < r->end_key; key += SOME_KEYS)
+        for (size_t head = 0; head < r->n_head; head++) {
+            const float *k = r->k + key * r->k_row + head * r->d, *v = r->v + key * r->v_row + head * r->d;
+            fetch_share(r, key + SOME_KEYS, head);
+            for (size_t l = 0; l < r->n_query; l++) {
+                size_t end = mg_min(r->end_key, r->seen[l]), at = l * r->n_head + head;
+                if (end <= key)
+                    continue;
+                size_t n = mg_min(SOME_KEYS, end - key);
+                float before = r->top[at], scale;
+                r->top[at] = fmaxf(before, score_some(p, r->q[l] + head * r->d, k, r->k_row, n, r->d, unit));
+                scale = exp2f(before - r->top[at]);
+                r->sum[at] = r->sum[at] * scale + weigh_some(p, r->top[at], n);
+                add_some(r->o + at * r->d, scale, p, v, r->v_row, n, r->d);
+            }
         }
 }
 #endif

@@ -3,7 +3,7 @@
    attend: queries lie across the lanes, up to 48 of them in 3 vectors.  Scores (keys, queries) and results (d, queries)
    are then products with broadcast elements of the keys and values, which are read where they are, and the softmax
    needs nothing across lanes.  8 keys, or 8 elements of d, times 3 vectors fill 24 of 32 registers.
-   attend_few: elements of d lie across the lanes; for a few queries, one in decoding. */
+   attend_range: elements of d lie across the lanes; for a few queries, one in decoding. */
 #if defined(__x86_64__)
 #include "kernels.h"
 
@@ -12,8 +12,7 @@
 #include <string.h>
 
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
-enum { LANES = 16, VECTORS = 3, TILE = 8, FEW = 8 };
-#define LOWEST -1e30f           /* before the first maximum */
+enum { LANES = 16, VECTORS = 3, TILE = 8, SOME_KEYS = 32 };
 
 /* 2^x for x <= 0 */
 MG_INLINE TARGET __m512 exp2_of(__m512 x)
@@ -37,10 +36,7 @@ struct state {
     __m512i seen[VECTORS];
 };
 
-size_t mg_avx512_attend_floats(size_t d)
-{
-    return mg_max((2 * d + MG_KEYS) * LANES * VECTORS, FEW * (mg_round_up(d, LANES) + MG_KEYS));
-}
+size_t mg_avx512_attend_floats(size_t d) { return (2 * d + MG_KEYS) * LANES * VECTORS; }
 
 /* Scores of TILE keys, those beyond the last being copies of it; -inf where a query does not see a key. */
 MG_INLINE TARGET void score_tile(const struct state *s, const struct mg_attention_block *b, size_t key, size_t last,
@@ -149,7 +145,7 @@ TARGET static size_t load_queries(struct state *s, const struct mg_attention_blo
     }
     for (size_t v = 0; v < vectors; v++) {
         s->seen[v] = _mm512_loadu_si512(seen + v * LANES);
-        s->top[v] = _mm512_set1_ps(LOWEST);
+        s->top[v] = _mm512_set1_ps(MG_LOWEST);
         s->sum[v] = _mm512_setzero_ps();
     }
     return n_keys;
@@ -214,7 +210,7 @@ MG_INLINE TARGET __mmask16 mask_of(size_t left) { return left >= LANES ? 0xffff 
 /* The sums of 16 vectors, in a vector. */
 MG_INLINE TARGET __m512 sums_of(const __m512 *c)
 {
-    __m512 pair[8], four[4];
+    __m512 pair[8], four[4], two[2];
     MG_UNROLL
     for (int i = 0; i < 8; i++)
         pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(c[2 * i], c[2 * i + 1]), _mm512_unpackhi_ps(c[2 * i], c[2 * i + 1]));
@@ -223,27 +219,38 @@ MG_INLINE TARGET __m512 sums_of(const __m512 *c)
         __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
         four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
     }
-    __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-    __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    MG_UNROLL
+    for (int i = 0; i < 2; i++)
+        two[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
+                               _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
 }
 
-/* p[j] = q . key[j], times unit, for n <= MG_KEYS keys; -> their maximum */
-TARGET static float score_few(float *p, const float *q, const float *key, size_t k_row, size_t n, size_t d, float unit)
+/* p[j] = q . key[j], times unit, for n <= SOME_KEYS keys; -> their maximum */
+TARGET static float score_some(float *p, const float *q, const float *key, size_t k_row, size_t n, size_t d, float unit)
 {
-    __m512 top = _mm512_set1_ps(LOWEST);
+    __m512 top = _mm512_set1_ps(MG_LOWEST);
     for (size_t j = 0; j < n; j += LANES) {
         __m512 c[LANES];
-        size_t last = mg_min(LANES, n - j) - 1;
         MG_UNROLL
         for (size_t r = 0; r < LANES; r++)
             c[r] = _mm512_setzero_ps();
-        for (size_t i = 0; i < d; i += LANES) {
-            __mmask16 mask = mask_of(d - i);
-            __m512 x = _mm512_maskz_loadu_ps(mask, q + i);
+        for (size_t i = 0; i < d; i += 4 * LANES) {
+            const float *at = key + j * k_row + i;
+            __m512 x[4];
+            __mmask16 mask[4];
             MG_UNROLL
-            for (size_t r = 0; r < LANES; r++)
-                c[r] = _mm512_fmadd_ps(x, _mm512_maskz_loadu_ps(mask, key + (j + mg_min(r, last)) * k_row + i), c[r]);
+            for (size_t v = 0; v < 4; v++) {
+                mask[v] = mask_of(i + v * LANES < d ? d - i - v * LANES : 0);
+                x[v] = _mm512_maskz_loadu_ps(mask[v], q + i + v * LANES);
+            }
+            MG_UNROLL
+            for (size_t r = 0; r < LANES; r++) {
+                MG_UNROLL
+                for (size_t v = 0; v < 4; v++)
+                    c[r] = _mm512_fmadd_ps(x[v], _mm512_maskz_loadu_ps(mask[v], at + v * LANES), c[r]);
+                at += j + r + 1 < n ? k_row : 0;        /* beyond the last key stand copies of it */
+            }
         }
         __m512 score = _mm512_mul_ps(sums_of(c), _mm512_set1_ps(unit));
         top = _mm512_mask_max_ps(top, mask_of(n - j), top, score);
@@ -253,7 +260,7 @@ TARGET static float score_few(float *p, const float *q, const float *key, size_t
 }
 
 /* p[j] = 2^(p[j] - top) -> their sum */
-TARGET static float weigh_few(float *p, float top, size_t n)
+TARGET static float weigh_some(float *p, float top, size_t n)
 {
     __m512 sum = _mm512_setzero_ps();
     for (size_t j = 0; j < n; j += LANES) {
@@ -265,22 +272,21 @@ TARGET static float weigh_few(float *p, float top, size_t n)
 }
 
 /* o = o * scale + sum_j p[j] * value[j] */
-TARGET static void add_few(float *o, float scale, const float *p, const float *value, size_t v_row, size_t n, size_t d)
+TARGET static void add_some(float *o, float scale, const float *p, const float *value, size_t v_row, size_t n, size_t d)
 {
     for (size_t i = 0; i < d; i += 4 * LANES) {
+        const float *at = value + i;
         __m512 c[4];
         __mmask16 mask[4];
         MG_UNROLL
         for (size_t v = 0; v < 4; v++) {
-            mask[v] = i + v * LANES < d ? mask_of(d - i - v * LANES) : 0;
+            mask[v] = mask_of(i + v * LANES < d ? d - i - v * LANES : 0);
             c[v] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask[v], o + i + v * LANES), _mm512_set1_ps(scale));
         }
-        for (size_t j = 0; j < n; j++) {
-            const float *x = value + j * v_row + i;
-            __m512 weight = _mm512_set1_ps(p[j]);
+        for (size_t j = 0; j < n; j++, at += v_row) {
             MG_UNROLL
             for (size_t v = 0; v < 4; v++)
-                c[v] = _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(mask[v], x + v * LANES), c[v]);
+                c[v] = _mm512_fmadd_ps(_mm512_set1_ps(p[j]), _mm512_maskz_loadu_ps(mask[v], at + v * LANES), c[v]);
         }
         MG_UNROLL
         for (size_t v = 0; v < 4; v++)
@@ -288,31 +294,40 @@ TARGET static void add_few(float *o, float scale, const float *p, const float *v
     }
 }
 
-TARGET void mg_avx512_attend_few(const struct mg_attention_block *b, float *scratch)
+/* Fetches, while head is at work, its share of the rows that all heads will read next, in the order of memory. */
+MG_INLINE TARGET void fetch_share(const struct mg_attention_range *r, size_t key, size_t head)
 {
-    float unit = (float)(MG_LOG2_E / sqrt((double)b->d)), top[FEW], sum[FEW], *p = scratch + FEW * b->d;
-    size_t n_keys = 0;
-    memset(scratch, 0, b->n_query * b->d * sizeof *scratch);
-    for (size_t l = 0; l < b->n_query; l++) {
-        n_keys = mg_max(n_keys, b->seen[l]);
-        top[l] = LOWEST;
-        sum[l] = 0.0f;
-    }
-    for (size_t k0 = 0; k0 < n_keys; k0 += MG_KEYS)
-        for (size_t l = 0; l < b->n_query; l++) {       /* the keys and values stay in the first-level cache */
-            size_t n = b->seen[l] > k0 ? mg_min(MG_KEYS, b->seen[l] - k0) : 0;
-            if (n == 0)
-                continue;
-            float before = top[l], scale;
-            top[l] = fmaxf(before, score_few(p, b->q[l], b->k + k0 * b->k_row, b->k_row, n, b->d, unit));
-            scale = exp2f(before - top[l]);
-            sum[l] = sum[l] * scale + weigh_few(p, top[l], n);
-            add_few(scratch + l * b->d, scale, p, b->v + k0 * b->v_row, b->v_row, n, b->d);
+    size_t n = key < r->end_key ? mg_min(SOME_KEYS, r->end_key - key) : 0;
+    for (size_t j = key + n * head / r->n_head; j < key + n * (head + 1) / r->n_head; j++)
+        for (size_t i = 0; i < r->n_head * r->d; i += 64 / sizeof(float)) {
+            _mm_prefetch((const char *)(r->k + j * r->k_row + i), _MM_HINT_T1);
+            _mm_prefetch((const char *)(r->v + j * r->v_row + i), _MM_HINT_T1);
         }
-    for (size_t l = 0; l < b->n_query; l++)
-        for (size_t i = 0; i < b->d; i++) {
-            float y = scratch[l * b->d + i] / sum[l];
-            b->out[l][i] = b->gate != NULL ? y * b->gate[l][b->gate_width == 1 ? 0 : i] : y;
+}
+
+TARGET void mg_avx512_attend_range(const struct mg_attention_range *r)
+{
+    float unit = (float)(MG_LOG2_E / sqrt((double)r->d)), p[SOME_KEYS];
+    for (size_t i = 0; i < r->n_query * r->n_head; i++) {
+        r->top[i] = MG_LOWEST;
+        r->sum[i] = 0.0f;
+    }
+    memset(r->o, 0, r->n_query * r->n_head * r->d * sizeof *r->o);
+    for (size_t key = r->first_key; key < r->end_key; key += SOME_KEYS)
+        for (size_t head = 0; head < r->n_head; head++) {
+            const float *k = r->k + key * r->k_row + head * r->d, *v = r->v + key * r->v_row + head * r->d;
+            fetch_share(r, key + SOME_KEYS, head);
+            for (size_t l = 0; l < r->n_query; l++) {
+                size_t end = mg_min(r->end_key, r->seen[l]), at = l * r->n_head + head;
+                if (end <= key)
+                    continue;
+                size_t n = mg_min(SOME_KEYS, end - key);
+                float before = r->top[at], scale;
+                r->top[at] = fmaxf(before, score_some(p, r->q[l] + head * r->d, k, r->k_row, n, r->d, unit));
+                scale = exp2f(before - r->top[at]);
+                r->sum[at] = r->sum[at] * scale + weigh_some(p, r->top[at], n);
+                add_some(r->o + at * r->d, scale, p, v, r->v_row, n, r->d);
+            }
         }
 }
 #endif

@@ -10,12 +10,12 @@
 enum { ROWS = 6, VECTORS = MG_PANEL / 16 };    /* 6 rows * 4 vectors of sums fill 24 of 32 registers */
 
 /* dpbusd multiplies unsigned by signed: a is offset by 128, and the product by 128 times the column sum. */
-TARGET static void pack_rows(void *packed, const int8_t *a, size_t rows, size_t k)
+TARGET static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k)
 {
     const __m512i offset = _mm512_set1_epi8(-128);
     size_t k4 = mg_round_up(k, 4);
     for (size_t r = 0; r < rows; r++) {
-        int8_t *out = (int8_t *)packed + r * k4;
+        int8_t *out = packed + r * k4;
         const int8_t *row = a + r * k;
         size_t i = 0;
         for (; i + 64 <= k; i += 64)
@@ -60,7 +60,7 @@ MG_INLINE TARGET void dot_rows(int32_t *acc, const int8_t *a, const int8_t *pane
     }
 }
 
-TARGET static void dot_panel(int32_t *acc, const void *a, const int8_t *panel, const int32_t *sums, size_t rows,
+TARGET static void dot_panel(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *sums, size_t rows,
                              size_t k)
 {
     size_t k4 = mg_round_up(k, 4);
@@ -166,7 +166,6 @@ TARGET static void layer_norm_row(float *out, const float *x, const float *weigh
 const struct mg_kernels mg_avx512vnni = {
     .name = "avx512vnni",
     .max_rows = ROWS,
-    .a_bytes = 1,
     .pack_rows = pack_rows,
     .dot_panel = dot_panel,
     .finish_int = finish_int,
@@ -177,6 +176,6 @@ const struct mg_kernels mg_avx512vnni = {
     .few_queries = 8,
     .attend_floats = mg_avx512_attend_floats,
     .attend = mg_avx512_attend,
-    .attend_few = mg_avx512_attend_few,
+    .attend_range = mg_avx512_attend_range,
 };
 #endif

@@ -11,7 +11,7 @@ from pathlib import Path
 from cffi import FFI
 
 FOLDER = Path(__file__).resolve().parent
-SOURCES = ("dispatch.c", "pool.c", "pack.c", "calls.c", "portable.c", "avx2.c", "avx2attention.c",
+SOURCES = ("dispatch.c", "pool.c", "pack.c", "calls.c", "attention.c", "portable.c", "avx2.c", "avx2attention.c",
            "avx512vnni.c", "avx512attention.c")
 FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-D_GNU_SOURCE"]
 

@@ -1,8 +1,7 @@
-/* The public kernels: each cuts its work into tiles, which the pool runs through the table of the chosen instruction
-   set.  Tiles do not depend on the number of threads, so neither does a result. */
+/* Integer products and row kernels as the interface has them: each cuts its work into tiles, which the pool runs through
+   the table of the chosen instruction set.  Tiles do not depend on the number of threads, so neither does a result. */
 #include "kernels.h"
 
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,13 +11,7 @@ enum {
     ROW_FLOATS = 16 * 1024      /* of a task of the elementwise kernels */
 };
 
-/* Scratch memory: bytes for each of n_workers, on 64 byte boundaries. */
-struct scratch {
-    char *data;
-    size_t bytes, n_workers;
-};
-
-static int get_scratch(struct scratch *scratch, size_t bytes, size_t n_tasks)
+int mg_get_scratch(struct mg_scratch *scratch, size_t bytes, size_t n_tasks)
 {
     void *data = NULL;
     scratch->bytes = mg_round_up(bytes, 64);
@@ -27,8 +20,6 @@ static int get_scratch(struct scratch *scratch, size_t bytes, size_t n_tasks)
     scratch->data = data;
     return !failed;
 }
-
-static void *scratch_of(const struct scratch *scratch, size_t worker) { return scratch->data + scratch->bytes * worker; }
 
 /* ---- integer products ---- */
 
@@ -41,7 +32,7 @@ struct product {
     const float *a_scale, *w_scale, *bias, *residual;
     int gelu;
     size_t m, n, k, tile_panels, column_tiles;
-    struct scratch scratch;
+    struct mg_scratch scratch;
 };
 
 static void store_tile(const struct product *p, const int32_t *acc, size_t row, size_t rows, size_t column)
@@ -66,13 +57,13 @@ static void product_tile(void *context, size_t i, size_t worker)
     size_t rows = mg_min(TILE_ROWS, p->m - row0);
     size_t panel0 = i % p->column_tiles * p->tile_panels;
     size_t panel1 = mg_min(panel0 + p->tile_panels, mg_round_up(p->n, MG_PANEL) / MG_PANEL);
-    int32_t *acc = scratch_of(&p->scratch, worker);
-    char *a = (char *)(acc + kernels->max_rows * MG_PANEL);
+    int32_t *acc = mg_scratch_of(&p->scratch, worker);
+    int8_t *a = (int8_t *)(acc + kernels->max_rows * MG_PANEL);
     kernels->pack_rows(a, p->a + row0 * p->k, rows, p->k);
     for (size_t panel = panel0; panel < panel1; panel++)
         for (size_t r = 0; r < rows; r += kernels->max_rows) {
             size_t some = mg_min(kernels->max_rows, rows - r);
-            kernels->dot_panel(acc, a + r * k4 * kernels->a_bytes, p->panels + panel * MG_PANEL * k4,
+            kernels->dot_panel(acc, a + r * k4, p->panels + panel * MG_PANEL * k4,
                                p->sums + panel * MG_PANEL, some, p->k);
             store_tile(p, acc, row0 + r, some, panel * MG_PANEL);
         }
@@ -90,8 +81,8 @@ static enum mg_status run_product(struct product *p, const int8_t *packed)
     p->tile_panels = row_tiles > 8 ? panels : mg_max(1, mg_min(TILE_BYTES / (MG_PANEL * mg_max(k4, 1)), panels / 4));
     p->column_tiles = panels == 0 ? 0 : (panels + p->tile_panels - 1) / p->tile_panels;
     size_t n_tasks = row_tiles * p->column_tiles;
-    size_t bytes = p->kernels->max_rows * MG_PANEL * sizeof(int32_t) + TILE_ROWS * k4 * p->kernels->a_bytes;
-    if (!get_scratch(&p->scratch, bytes, n_tasks))
+    size_t bytes = p->kernels->max_rows * MG_PANEL * sizeof(int32_t) + TILE_ROWS * k4;
+    if (!mg_get_scratch(&p->scratch, bytes, n_tasks))
         return MG_NO_MEMORY;
     mg_run(product_tile, p, n_tasks, p->scratch.n_workers);
     free(p->scratch.data);
@@ -180,72 +171,4 @@ enum mg_status mg_finish(float *out, const float *x, const float *bias, const fl
     struct rows job = {.row = finish_one, .out = out, .x = x, .bias = bias, .residual = residual, .gelu = gelu,
                        .m = m, .n = n};
     return run_rows(&job);
-}
-
-/* ---- attention ---- */
-
-struct attention {
-    const struct mg_kernels *kernels;
-    float *out;
-    const float *q, *k, *v, *gate;
-    size_t q_batch, q_row, k_batch, k_row, v_batch, v_row, gate_width;
-    int causal;
-    size_t group, n_head, t_q, t_k, d, block_queries, blocks;
-    struct scratch scratch;
-};
-
-enum { MAX_QUERIES = 64 };      /* of any instruction set */
-
-static void attend_block(void *context, size_t i, size_t worker)
-{
-    const struct attention *job = context;
-    size_t batch = i / job->blocks / job->n_head, head = i / job->blocks % job->n_head;
-    size_t first = i % job->blocks * job->block_queries, width = job->n_head * job->d;
-    float *out[MAX_QUERIES];
-    const float *q[MAX_QUERIES], *gate[MAX_QUERIES];
-    size_t seen[MAX_QUERIES];
-    struct mg_attention_block block = {
-        out, q, job->gate != NULL ? gate : NULL, seen, job->k + batch * job->k_batch + head * job->d,
-        job->v + batch * job->v_batch + head * job->d, job->k_row, job->v_row, job->gate_width,
-        mg_min(job->block_queries, job->group * job->t_q - first), job->d};
-    for (size_t l = 0; l < block.n_query; l++) {
-        size_t row = batch * job->group + (first + l) / job->t_q, t = (first + l) % job->t_q;
-        size_t at = row * job->t_q + t;
-        out[l] = job->out + at * width + head * job->d;
-        q[l] = job->q + row * job->q_batch + t * job->q_row + head * job->d;
-        if (job->gate != NULL)
-            gate[l] = job->gate + (at * job->n_head + head) * job->gate_width;
-        seen[l] = job->causal ? t + 1 + job->t_k - job->t_q : job->t_k;
-    }
-    float *scratch = scratch_of(&job->scratch, worker);
-    if (block.n_query <= job->kernels->few_queries)
-        job->kernels->attend_few(&block, scratch);
-    else
-        job->kernels->attend(&block, scratch);
-}
-
-enum mg_status mg_attention(float *out, const float *q, const float *k, const float *v, const float *gate,
-                            size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch, size_t v_row,
-                            size_t gate_width, int causal,
-                            size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d)
-{
-    struct attention job = {mg_kernels(), out, q, k, v, gate, q_batch, q_row, k_batch, k_row, v_batch, v_row,
-                            gate_width, causal, group, n_head, t_q, t_k, d, 0, 0, {0}};
-    if (t_k == 0 || group == 0 || n_batch % group != 0 || (causal && t_q > t_k))
-        return MG_BAD_VALUE;
-    if (gate != NULL && gate_width != 1 && gate_width != d)
-        return MG_BAD_VALUE;
-    size_t queries = group * t_q;
-    job.blocks = (queries + job.kernels->max_queries - 1) / job.kernels->max_queries;
-    if (n_batch == 0 || n_head == 0 || d == 0 || job.blocks == 0)
-        return MG_OK;
-    job.block_queries = (queries + job.blocks - 1) / job.blocks;
-    if (job.blocks > 1)
-        job.block_queries = job.kernels->max_queries;
-    size_t n_tasks = n_batch / group * n_head * job.blocks;
-    if (!get_scratch(&job.scratch, job.kernels->attend_floats(d) * sizeof(float), n_tasks))
-        return MG_NO_MEMORY;
-    mg_run(attend_block, &job, n_tasks, job.scratch.n_workers);
-    free(job.scratch.data);
-    return MG_OK;
 }

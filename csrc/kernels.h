@@ -11,6 +11,7 @@
 #define MG_MAX_K 131072         /* 131072 * 128 * 127 < 2^31 */
 #define MG_PANEL 64             /* columns of a weight panel */
 #define MG_KEYS 64              /* keys that attention takes at a time */
+#define MG_LOWEST -1e30f        /* before the first maximum */
 
 #define MG_INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
@@ -42,16 +43,27 @@ struct mg_attention_block {
     size_t k_row, v_row, gate_width, n_query, d;
 };
 
+/* A few queries, all of their heads, and a range of keys.  Partial results of query i and head h: top[i][h], the largest
+   score as a base-2 logarithm, MG_LOWEST if it sees no key of the range; sum[i][h] of 2^(score - top);
+   o[i][h][d], the sum of values weighted with that. */
+struct mg_attention_range {
+    float *top, *sum, *o;
+    const float *const *q;
+    const size_t *seen;
+    const float *k, *v;
+    size_t k_row, v_row, first_key, end_key, n_query, n_head, d;
+};
+
 /* The kernels of one instruction set.  Functions see one tile, in one thread. */
 struct mg_kernels {
     const char *name;
 
-    /* Integer product.  pack_rows copies rows of a (rows,k) into a, one after the other, in the form that dot_panel
-       reads: a_bytes bytes per element, k rounded up to 4.  dot_panel makes acc (rows, MG_PANEL) of them,
-       rows <= max_rows, and one packed panel with its column sums. */
-    size_t max_rows, a_bytes;
-    void (*pack_rows)(void *packed, const int8_t *a, size_t rows, size_t k);
-    void (*dot_panel)(int32_t *acc, const void *a, const int8_t *panel, const int32_t *sums, size_t rows, size_t k);
+    /* Integer product.  pack_rows copies rows of a (rows,k), one after the other, in the form that dot_panel reads, k
+       rounded up to 4.  dot_panel makes acc (rows, MG_PANEL) of rows <= max_rows of them and one packed panel with its
+       column sums. */
+    size_t max_rows;
+    void (*pack_rows)(int8_t *packed, const int8_t *a, size_t rows, size_t k);
+    void (*dot_panel)(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *sums, size_t rows, size_t k);
 
     /* One row of the epilogue, from integers or from floats; see mg_linear_int8 and mg_finish. */
     void (*finish_int)(float *out, const int32_t *acc, float a_scale, const float *w_scale, const float *bias,
@@ -61,11 +73,12 @@ struct mg_kernels {
     float (*quantize_row)(int8_t *q, const float *x, size_t n);     /* -> scale */
     void (*layer_norm_row)(float *out, const float *x, const float *weight, const float *bias, float eps, size_t n);
 
-    /* attend takes up to max_queries; attend_few, which reads keys in place, is the better one up to few_queries. */
+    /* Many queries, up to max_queries at a time, with scratch memory; up to few_queries attend_range is the better one,
+       which reads keys and values once, row after row. */
     size_t max_queries, few_queries;
     size_t (*attend_floats)(size_t d);      /* size of scratch */
     void (*attend)(const struct mg_attention_block *block, float *scratch);
-    void (*attend_few)(const struct mg_attention_block *block, float *scratch);
+    void (*attend_range)(const struct mg_attention_range *range);
 };
 
 extern const struct mg_kernels mg_portable;
@@ -74,10 +87,10 @@ extern const struct mg_kernels mg_avx2;
 extern const struct mg_kernels mg_avx512vnni;
 size_t mg_avx2_attend_floats(size_t d);
 void mg_avx2_attend(const struct mg_attention_block *block, float *scratch);
-void mg_avx2_attend_few(const struct mg_attention_block *block, float *scratch);
+void mg_avx2_attend_range(const struct mg_attention_range *range);
 size_t mg_avx512_attend_floats(size_t d);
 void mg_avx512_attend(const struct mg_attention_block *block, float *scratch);
-void mg_avx512_attend_few(const struct mg_attention_block *block, float *scratch);
+void mg_avx512_attend_range(const struct mg_attention_range *range);
 #endif
 
 const struct mg_kernels *mg_kernels(void);
@@ -85,6 +98,17 @@ const struct mg_kernels *mg_kernels(void);
 /* Runs task(context, i, worker) for every i < n_tasks, each once, worker < n_workers; returns when all are done. */
 typedef void (*mg_task)(void *context, size_t i, size_t worker);
 void mg_run(mg_task task, void *context, size_t n_tasks, size_t n_workers);
+
+/* Scratch memory: bytes for each of n_workers, on 64 byte boundaries; free(data) after use. */
+struct mg_scratch {
+    char *data;
+    size_t bytes, n_workers;
+};
+int mg_get_scratch(struct mg_scratch *scratch, size_t bytes, size_t n_tasks);   /* -> whether there is enough */
+MG_INLINE void *mg_scratch_of(const struct mg_scratch *scratch, size_t worker)
+{
+    return scratch->data + scratch->bytes * worker;
+}
 
 MG_INLINE size_t mg_round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 MG_INLINE size_t mg_min(size_t a, size_t b) { return a < b ? a : b; }

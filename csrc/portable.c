@@ -1,29 +1,30 @@
 /* Plain C: the specification that the other instruction sets are tested against, and what runs on other processors.
-   Loops of a fixed length over LANES are for the compiler's vectoriser. */
+   vec is what gcc and clang make of any processor's vectors of 16 bytes, or of its scalars. */
 #include "kernels.h"
 
 #include <math.h>
 #include <string.h>
 
-enum { ROWS = 4, LANES = 16 };
+enum { ROWS = 4, LANES = 16, VECTORS = 4 };      /* queries of attention; in vectors */
+typedef float vec __attribute__((vector_size(16)));
 
-static void pack_rows(void *packed, const int8_t *a, size_t rows, size_t k)
+static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k)
 {
     size_t k4 = mg_round_up(k, 4);
     for (size_t r = 0; r < rows; r++) {
-        int8_t *row = (int8_t *)packed + r * k4;
+        int8_t *row = packed + r * k4;
         memcpy(row, a + r * k, k);
         memset(row + k, 0, k4 - k);
     }
 }
 
 /* Neither a nor the sums are offset here, so that the sums are not needed. */
-static void dot_panel(int32_t *acc, const void *a, const int8_t *panel, const int32_t *sums, size_t rows, size_t k)
+static void dot_panel(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *sums, size_t rows, size_t k)
 {
     size_t k4 = mg_round_up(k, 4);
     (void)sums;
     for (size_t r = 0; r < rows; r++) {
-        const int8_t *row = (const int8_t *)a + r * k4;
+        const int8_t *row = a + r * k4;
         int32_t sum[MG_PANEL] = {0};
         for (size_t i = 0; i < k4; i += 4) {
             const int8_t *w = panel + i * MG_PANEL;
@@ -143,17 +144,20 @@ static inline float exp2_of(float x)
 static size_t attend_floats(size_t d) { return (2 * d + MG_KEYS) * LANES; }
 
 /* Scores of keys k0 .. k0+n-1 as base-2 logarithms: p[j][lane], -inf where the query does not see the key. */
-static void score_keys(float *p, const float *qt, const struct mg_attention_block *b, size_t k0, size_t n)
+static void score_keys(float *p, const vec *q, const struct mg_attention_block *b, size_t k0, size_t n)
 {
     for (size_t j = 0; j < n; j++) {
         const float *key = b->k + (k0 + j) * b->k_row;
-        float lanes[LANES] = {0};
-        for (size_t i = 0; i < b->d; i++)
-            for (int l = 0; l < LANES; l++)
-                lanes[l] += key[i] * qt[i * LANES + l];
+        vec c[VECTORS] = {{0}};
+        for (size_t i = 0; i < b->d; i++) {
+            MG_UNROLL
+            for (size_t v = 0; v < VECTORS; v++)
+                c[v] += key[i] * q[i * VECTORS + v];
+        }
+        memcpy(p + j * LANES, c, sizeof c);
         for (size_t l = 0; l < b->n_query; l++)
-            lanes[l] = k0 + j < b->seen[l] ? lanes[l] : -INFINITY;
-        memcpy(p + j * LANES, lanes, sizeof lanes);
+            if (k0 + j >= b->seen[l])
+                p[j * LANES + l] = -INFINITY;
     }
 }
 
@@ -176,90 +180,93 @@ static void normalise(float *p, float *top, float *sum, float *scale, size_t n)
         }
 }
 
-static void add_values(float *o, const float *p, const float *scale, const struct mg_attention_block *b, size_t k0,
-                       size_t n)
+/* o = o * scale + sum_j value[j] * p[j] */
+static void add_values(vec *o, const vec *p, const vec *scale, const struct mg_attention_block *b, size_t k0, size_t n)
 {
     for (size_t i = 0; i < b->d; i++) {
-        float lanes[LANES];
-        for (int l = 0; l < LANES; l++)
-            lanes[l] = o[i * LANES + l] * scale[l];
+        const float *value = b->v + k0 * b->v_row + i;
+        vec c[VECTORS];
+        MG_UNROLL
+        for (size_t v = 0; v < VECTORS; v++)
+            c[v] = o[i * VECTORS + v] * scale[v];
         for (size_t j = 0; j < n; j++) {
-            float value = b->v[(k0 + j) * b->v_row + i];
-            for (int l = 0; l < LANES; l++)
-                lanes[l] += value * p[j * LANES + l];
+            MG_UNROLL
+            for (size_t v = 0; v < VECTORS; v++)
+                c[v] += value[j * b->v_row] * p[j * VECTORS + v];
         }
-        memcpy(o + i * LANES, lanes, sizeof lanes);
-    }
-}
-
-/* out[i] = o[i * stride] / sum * gate */
-static void store(const struct mg_attention_block *b, size_t query, const float *o, size_t stride, float sum)
-{
-    const float *gate = b->gate != NULL ? b->gate[query] : NULL;
-    for (size_t i = 0; i < b->d; i++) {
-        float y = o[i * stride] / sum;
-        b->out[query][i] = gate != NULL ? y * gate[b->gate_width == 1 ? 0 : i] : y;
+        memcpy(o + i * VECTORS, c, sizeof c);
     }
 }
 
 /* Queries lie across the lanes, so that neither keys nor values have to be rearranged. */
 static void attend(const struct mg_attention_block *b, float *scratch)
 {
-    float *qt = scratch, *o = qt + b->d * LANES, *p = o + b->d * LANES;
-    float top[LANES], sum[LANES] = {0}, scale[LANES], unit = (float)(MG_LOG2_E / sqrt((double)b->d));
+    float *q = scratch, *o = q + b->d * LANES, *p = o + b->d * LANES;
+    float top[LANES], sum[LANES] = {0}, unit = (float)(MG_LOG2_E / sqrt((double)b->d));
+    vec scale[VECTORS];
     size_t n_keys = 0;
-    memset(qt, 0, 2 * b->d * LANES * sizeof *qt);
+    memset(scratch, 0, 2 * b->d * LANES * sizeof *scratch);
     for (size_t l = 0; l < LANES; l++)
-        top[l] = -1e30f;
+        top[l] = MG_LOWEST;
     for (size_t l = 0; l < b->n_query; l++) {
         n_keys = mg_max(n_keys, b->seen[l]);
         for (size_t i = 0; i < b->d; i++)
-            qt[i * LANES + l] = b->q[l][i] * unit;
+            q[i * LANES + l] = b->q[l][i] * unit;
     }
     for (size_t k0 = 0; k0 < n_keys; k0 += MG_KEYS) {
         size_t n = mg_min(MG_KEYS, n_keys - k0);
-        score_keys(p, qt, b, k0, n);
-        normalise(p, top, sum, scale, n);
-        add_values(o, p, scale, b, k0, n);
+        score_keys(p, (const vec *)q, b, k0, n);
+        normalise(p, top, sum, (float *)scale, n);
+        add_values((vec *)o, (const vec *)p, scale, b, k0, n);
     }
     for (size_t l = 0; l < b->n_query; l++)
-        store(b, l, o + l, LANES, sum[l]);
+        for (size_t i = 0; i < b->d; i++) {
+            float y = o[i * LANES + l] / sum[l];
+            b->out[l][i] = b->gate == NULL ? y : y * b->gate[l][b->gate_width == 1 ? 0 : i];
+        }
 }
 
-/* One query after the other; what the block of keys costs to read is shared. */
-static void attend_few(const struct mg_attention_block *b, float *scratch)
+/* The keys of one head from first to end, at most MG_KEYS: one step of the online softmax. */
+static void attend_keys(float *top, float *sum, float *o, const float *q, const struct mg_attention_range *r,
+                        size_t first, size_t end, size_t head)
 {
-    float unit = (float)(MG_LOG2_E / sqrt((double)b->d)), p[MG_KEYS];
-    for (size_t l = 0; l < b->n_query; l++) {
-        float top = -1e30f, sum = 0.0f;
-        memset(scratch, 0, b->d * sizeof *scratch);
-        for (size_t k0 = 0; k0 < b->seen[l]; k0 += MG_KEYS) {
-            size_t n = mg_min(MG_KEYS, b->seen[l] - k0);
-            float before = top;
-            for (size_t j = 0; j < n; j++) {
-                p[j] = dot(b->q[l], b->k + (k0 + j) * b->k_row, 0.0f, b->d) * unit;
-                top = p[j] > top ? p[j] : top;
-            }
-            float scale = exp2_of(before - top);
-            sum *= scale;
-            for (size_t i = 0; i < b->d; i++)
-                scratch[i] *= scale;
-            for (size_t j = 0; j < n; j++) {
-                float weight = exp2_of(p[j] - top);
-                const float *value = b->v + (k0 + j) * b->v_row;
-                sum += weight;
-                for (size_t i = 0; i < b->d; i++)
-                    scratch[i] += weight * value[i];
-            }
-        }
-        store(b, l, scratch, 1, sum);
+    const float *k = r->k + head * r->d, *v = r->v + head * r->d;
+    float unit = (float)(MG_LOG2_E / sqrt((double)r->d)), p[MG_KEYS], before = *top;
+    for (size_t j = first; j < end; j++) {
+        p[j - first] = dot(q, k + j * r->k_row, 0.0f, r->d) * unit;
+        *top = p[j - first] > *top ? p[j - first] : *top;
     }
+    float scale = exp2_of(before - *top);
+    *sum *= scale;
+    for (size_t i = 0; i < r->d; i++)
+        o[i] *= scale;
+    for (size_t j = first; j < end; j++) {
+        float weight = exp2_of(p[j - first] - *top);
+        *sum += weight;
+        for (size_t i = 0; i < r->d; i++)
+            o[i] += weight * v[j * r->v_row + i];
+    }
+}
+
+static void attend_range(const struct mg_attention_range *r)
+{
+    for (size_t i = 0; i < r->n_query * r->n_head; i++) {
+        r->top[i] = MG_LOWEST;
+        r->sum[i] = 0.0f;
+    }
+    memset(r->o, 0, r->n_query * r->n_head * r->d * sizeof *r->o);
+    for (size_t key = r->first_key; key < r->end_key; key += MG_KEYS)
+        for (size_t head = 0; head < r->n_head; head++)
+            for (size_t l = 0; l < r->n_query; l++) {
+                size_t end = mg_min(mg_min(key + MG_KEYS, r->end_key), r->seen[l]), at = l * r->n_head + head;
+                if (key < end)
+                    attend_keys(r->top + at, r->sum + at, r->o + at * r->d, r->q[l] + head * r->d, r, key, end, head);
+            }
 }
 
 const struct mg_kernels mg_portable = {
     .name = "portable",
     .max_rows = ROWS,
-    .a_bytes = 1,
     .pack_rows = pack_rows,
     .dot_panel = dot_panel,
     .finish_int = finish_int,
@@ -270,5 +277,5 @@ const struct mg_kernels mg_portable = {
     .few_queries = 4,
     .attend_floats = attend_floats,
     .attend = attend,
-    .attend_few = attend_few,
+    .attend_range = attend_range,
 };

@@ -1,0 +1,153 @@
+/* Attention as the interface has it.  Many queries: a task is a block of queries of one head.  A few, as in decoding,
+   where reading keys and values is all the work: a task is a range of keys, with all heads, so that memory is read in
+   order; the partial results are merged.  Tasks do not depend on the number of threads, so neither does a result. */
+#include "kernels.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+enum { MAX_QUERIES = 64, RANGE_KEYS = 128 };    /* of any instruction set; a multiple of MG_KEYS */
+
+struct attention {
+    const struct mg_kernels *kernels;
+    float *out;
+    const float *q, *k, *v, *gate;
+    size_t q_batch, q_row, k_batch, k_row, v_batch, v_row, gate_width;
+    int causal;
+    size_t group, n_head, t_q, t_k, d;
+    size_t n_query;             /* that share their keys: group * t_q */
+    size_t parts;               /* blocks of queries, or ranges of keys */
+    float *top, *sum, *o;       /* partial results: (n_batch / group, parts, n_query, n_head[, d]) */
+    struct mg_scratch scratch;
+};
+
+/* Query i of those that share keys: position (row, t) as an index into (n_batch, t_q), and where its heads begin. */
+static size_t index_of(const struct attention *job, size_t batch, size_t i) { return batch * job->n_query + i; }
+
+static const float *query_of(const struct attention *job, size_t index)
+{
+    return job->q + index / job->t_q * job->q_batch + index % job->t_q * job->q_row;
+}
+
+static size_t seen_by(const struct attention *job, size_t index)
+{
+    return job->causal ? index % job->t_q + 1 + job->t_k - job->t_q : job->t_k;
+}
+
+static void attend_block(void *context, size_t task, size_t worker)
+{
+    const struct attention *job = context;
+    size_t batch = task / job->parts / job->n_head, head = task / job->parts % job->n_head;
+    size_t first = task % job->parts * job->kernels->max_queries;
+    float *out[MAX_QUERIES];
+    const float *q[MAX_QUERIES], *gate[MAX_QUERIES];
+    size_t seen[MAX_QUERIES];
+    struct mg_attention_block block = {
+        .out = out, .q = q, .gate = job->gate != NULL ? gate : NULL, .seen = seen,
+        .k = job->k + batch * job->k_batch + head * job->d, .v = job->v + batch * job->v_batch + head * job->d,
+        .k_row = job->k_row, .v_row = job->v_row, .gate_width = job->gate_width,
+        .n_query = mg_min(job->kernels->max_queries, job->n_query - first), .d = job->d};
+    for (size_t i = 0; i < block.n_query; i++) {
+        size_t index = index_of(job, batch, first + i), at = index * job->n_head + head;
+        out[i] = job->out + at * job->d;
+        q[i] = query_of(job, index) + head * job->d;
+        seen[i] = seen_by(job, index);
+        if (job->gate != NULL)
+            gate[i] = job->gate + at * job->gate_width;
+    }
+    job->kernels->attend(&block, mg_scratch_of(&job->scratch, worker));
+}
+
+static enum mg_status attend_many(struct attention *job, size_t n_shared)
+{
+    size_t floats = job->kernels->attend_floats(job->d);
+    job->parts = (job->n_query + job->kernels->max_queries - 1) / job->kernels->max_queries;
+    size_t n_tasks = n_shared * job->n_head * job->parts;
+    if (!mg_get_scratch(&job->scratch, floats * sizeof(float), n_tasks))
+        return MG_NO_MEMORY;
+    mg_run(attend_block, job, n_tasks, job->scratch.n_workers);
+    free(job->scratch.data);
+    return MG_OK;
+}
+
+static void attend_range(void *context, size_t task, size_t worker)
+{
+    const struct attention *job = context;
+    size_t batch = task / job->parts, first = task % job->parts * RANGE_KEYS;
+    size_t at = task * job->n_query * job->n_head;
+    const float *q[MAX_QUERIES];
+    size_t seen[MAX_QUERIES];
+    struct mg_attention_range range = {
+        .top = job->top + at, .sum = job->sum + at, .o = job->o + at * job->d, .q = q, .seen = seen,
+        .k = job->k + batch * job->k_batch, .v = job->v + batch * job->v_batch, .k_row = job->k_row,
+        .v_row = job->v_row, .first_key = first, .end_key = mg_min(first + RANGE_KEYS, job->t_k),
+        .n_query = job->n_query, .n_head = job->n_head, .d = job->d};
+    (void)worker;
+    for (size_t i = 0; i < job->n_query; i++) {
+        q[i] = query_of(job, index_of(job, batch, i));
+        seen[i] = seen_by(job, index_of(job, batch, i));
+    }
+    job->kernels->attend_range(&range);
+}
+
+/* One query: what its ranges have found, brought to the largest of their maxima. */
+static void merge_ranges(void *context, size_t index, size_t worker)
+{
+    const struct attention *job = context;
+    size_t batch = index / job->n_query, stride = job->n_query * job->n_head, d = job->d;
+    (void)worker;
+    for (size_t head = 0; head < job->n_head; head++) {
+        size_t first = batch * job->parts * stride + index % job->n_query * job->n_head + head;
+        size_t at = index * job->n_head + head;
+        float *out = job->out + at * d, top = MG_LOWEST, sum = 0.0f;
+        for (size_t r = 0; r < job->parts; r++)
+            top = fmaxf(top, job->top[first + r * stride]);
+        for (size_t i = 0; i < d; i++)
+            out[i] = 0.0f;
+        for (size_t r = 0; r < job->parts; r++) {
+            const float *o = job->o + (first + r * stride) * d;
+            float scale = exp2f(job->top[first + r * stride] - top);
+            sum += scale * job->sum[first + r * stride];
+            for (size_t i = 0; i < d; i++)
+                out[i] += scale * o[i];
+        }
+        for (size_t i = 0; i < d; i++) {
+            float gate = job->gate == NULL ? 1.0f : job->gate[at * job->gate_width + (job->gate_width == 1 ? 0 : i)];
+            out[i] = out[i] / sum * gate;
+        }
+    }
+}
+
+static enum mg_status attend_few(struct attention *job, size_t n_shared)
+{
+    job->parts = (job->t_k + RANGE_KEYS - 1) / RANGE_KEYS;
+    size_t n_results = n_shared * job->parts * job->n_query * job->n_head;
+    job->top = malloc(n_results * (job->d + 2) * sizeof(float));
+    if (job->top == NULL)
+        return MG_NO_MEMORY;
+    job->sum = job->top + n_results;
+    job->o = job->sum + n_results;
+    mg_run(attend_range, job, n_shared * job->parts, MG_MAX_THREADS);
+    mg_run(merge_ranges, job, n_shared * job->n_query, MG_MAX_THREADS);
+    free(job->top);
+    return MG_OK;
+}
+
+enum mg_status mg_attention(float *out, const float *q, const float *k, const float *v, const float *gate,
+                            size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch, size_t v_row,
+                            size_t gate_width, int causal,
+                            size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d)
+{
+    struct attention job = {
+        .kernels = mg_kernels(), .out = out, .q = q, .k = k, .v = v, .gate = gate, .q_batch = q_batch, .q_row = q_row,
+        .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width,
+        .causal = causal, .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d, .n_query = group * t_q};
+    if (t_k == 0 || group == 0 || n_batch % group != 0 || (causal && t_q > t_k))
+        return MG_BAD_VALUE;
+    if (gate != NULL && gate_width != 1 && gate_width != d)
+        return MG_BAD_VALUE;
+    if (n_batch == 0 || n_head == 0 || d == 0 || t_q == 0)
+        return MG_OK;
+    return job.n_query <= job.kernels->few_queries ? attend_few(&job, n_batch / group)
+                                                   : attend_many(&job, n_batch / group);
+}
