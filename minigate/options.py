@@ -7,6 +7,7 @@ its range is a UsageError of one line: "beam_size: expected a whole number of at
 
 import argparse
 import math
+import operator
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ class _Checks:
         self.options = options
 
     def refuse(self, name: str, expected: str, got):
-        raise UsageError(f"{name}: expected {expected}, got {got!r}")
+        raise UsageError(f"{name}: expected {expected}, got {' '.join(repr(got).split())[:80]}")
 
     def set(self, name: str, value):
         object.__setattr__(self.options, name, value)
@@ -167,12 +168,14 @@ class _Checks:
     def tokens(self):
         """A string of comma-separated ids, or the ids -> a tuple of ids."""
         value = self.options.suppress_tokens
-        parts = [] if value is None else value.split(",") if isinstance(value, str) and value.strip() else value
+        parts = () if value is None else value
+        if isinstance(value, str):
+            parts = value.split(",") if value.strip() else ()
         try:
-            ids = tuple(int(part) if isinstance(part, str | Integral) else int("") for part in parts or ())
+            ids = tuple(int(part) if isinstance(part, str) else operator.index(part) for part in parts)
         except (TypeError, ValueError):
-            ids = (-2,)
-        if any(token < MODEL_SUPPRESS_SET for token in ids):
+            ids = None
+        if ids is None or any(token < MODEL_SUPPRESS_SET for token in ids):
             self.refuse("suppress_tokens", "token ids (-1: the model's list of non-speech symbols)", value)
         self.set("suppress_tokens", ids)
 

@@ -8,6 +8,7 @@ from minigate.tokenizer import Tokenizer
 
 BYTES = [bytes([i]) for i in range(256)]
 WORDS = [b" and", b" so", b" my", b" fellow", b" Americans", b" ask", b" not"]
+WORDS += [b" -", b" '", b" \xe2"]  # with which non-speech symbols begin, so that a blank alone is not one of them
 ENGLISH = Tokenizer(BYTES + WORDS, 256 + len(WORDS) + 1608)
 LOW = -20.0  # logit of every token that a script does not mention
 
@@ -49,6 +50,7 @@ class ScriptedModel:
         )
         self.starts: list[int] = []  # the windows of every start
         self.calls: list[tuple[int, int]] = []  # tokens.shape of every decode
+        self.openings: list[list[int]] = []  # for every start, the first row's tokens up to sot
 
     def encode(self, mel):
         assert mel.shape[1:] == (80, 3000) and mel.dtype == np.float32
@@ -66,6 +68,8 @@ class ScriptedModel:
         rows = []
         for window, history, new in zip(cache.windows, cache.histories, tokens, strict=True):
             history.extend(new.tolist())
+            if history[-1] == self.tokenizer.sot and cache.histories[0] is history:
+                self.openings.append(history[:])
             assert len(history) <= self.dims.n_text_ctx
             row = self.script(int(window), cache.attempt, history)
             if isinstance(row, dict):
