@@ -26,7 +26,7 @@ ALIGNMENT = 64  # bytes; the data starts at a multiple of it, so large tensors d
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U64": "<u8", "I32": "<i4",
           "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "i1", "U8": "u1", "BOOL": "?"}
 _SHORT = reprlib.Repr()  # bounded in depth and breadth: a few bytes of a file can describe an endless value
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxtuple = 3, 160, 80, 8
+_SHORT.maxstring, _SHORT.maxother = 160, 80
 CODES = {np.dtype(text): code for code, text in DTYPES.items() if code != "BF16"}
 
 
