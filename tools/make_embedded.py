@@ -24,7 +24,13 @@ def main(argv: list[str] | None = None) -> int:
         file = checkpoint.read(args.source)
         checkpoint.check(file.metadata, file.tensors)
         metadata, tensors = quantize_dynamic(file.metadata, file.tensors)
-        checkpoint.write(args.output, {**metadata, "name": Path(args.output).stem}, tensors)
+        metadata["name"] = Path(args.output).stem
+        metadata["provenance"] = {
+            **metadata["provenance"],
+            "license": "MIT",
+            "quantized_by": f"python tools/make_embedded.py {Path(args.source).name} {Path(args.output).name}",
+        }
+        checkpoint.write(args.output, metadata, tensors)
     except (FileError, UsageError) as error:
         print(f"make_embedded: {error}", file=sys.stderr)
         return 1 if isinstance(error, FileError) else 2
