@@ -24,6 +24,7 @@ else:
     compiled, _missing = True, ""
     _FLOATS, _INTS, _BYTES = ffi.typeof("float[]"), ffi.typeof("int32_t[]"), ffi.typeof("int8_t[]")
 
+F32, F64, I8 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int8)
 MAX_THREADS = 256
 MAX_K = 131072      # inputs of an integer product that int32 surely holds
 ALIGNMENT = 64      # bytes, of packed weights
@@ -89,7 +90,7 @@ def threads() -> int:
 
 def _in_c(x) -> bool:
     """Whether a kernel on x runs in C; makes the choices that are open."""
-    if x.dtype == np.float64:
+    if x.dtype == F64:
         return False
     if not _n_threads:
         set_threads()
@@ -103,25 +104,33 @@ def _check(status: int) -> None:
         raise ValueError(f"kernels: the extension rejects a value, status {status}")
 
 
-def _array(name: str, x, shape: tuple, dtype) -> np.ndarray:
+def _array(name: str, x, shape: tuple, dtype: np.dtype) -> np.ndarray:
     """x, or a C-ordered copy, after a check of its type and shape; a None in shape stands for any size."""
     if not isinstance(x, np.ndarray) or x.dtype != dtype:
-        raise TypeError(f"{name}: expected an array of {np.dtype(dtype)}, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.ndim != len(shape) or any(n is not None and n != m for n, m in zip(shape, x.shape, strict=True)):
+        raise TypeError(f"{name}: expected an array of {dtype}, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.shape != shape and (x.ndim != len(shape) or any(n not in (None, x.shape[i]) for i, n in enumerate(shape))):
         sizes = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name}: expected shape ({sizes}), got {x.shape}")
     return x if x.flags.c_contiguous else np.ascontiguousarray(x)
 
 
-def _optional(name: str, x, shape: tuple, dtype) -> np.ndarray | None:
+def _matrix(name: str, x, k: int | None, dtype: np.dtype) -> np.ndarray:
+    """_array of any number of rows, k columns or any."""
+    if getattr(x, "ndim", 0) != 2:
+        return _array(name, x, (None, k), dtype)
+    return _array(name, x, (x.shape[0], x.shape[1] if k is None else k), dtype)
+
+
+def _optional(name: str, x, shape: tuple, dtype: np.dtype) -> np.ndarray | None:
     return None if x is None else _array(name, x, shape, dtype)
 
 
 def _float_type(name: str, x) -> np.dtype:
     """float32 or float64: what x has."""
-    if not isinstance(x, np.ndarray) or x.dtype not in (np.float32, np.float64):
-        raise TypeError(f"{name}: expected an array of float32 or float64, got {getattr(x, 'dtype', type(x).__name__)}")
-    return x.dtype
+    dtype = x.dtype if isinstance(x, np.ndarray) else None
+    if dtype != F32 and dtype != F64:
+        raise TypeError(f"{name}: expected an array of float32 or float64, got {dtype or type(x).__name__}")
+    return dtype
 
 
 def _floats(x):
@@ -146,7 +155,7 @@ class PackedInt8:
         """The packed form (csrc/pack.c) as C reads it."""
         if self._pointer is None:
             size = lib.mg_packed_bytes(*self.shape)
-            room = np.empty(size + ALIGNMENT, np.int8)
+            room = np.empty(size + ALIGNMENT, I8)
             start = -room.ctypes.data % ALIGNMENT
             self._packed = room[start:start + size]
             self._pointer = ffi.from_buffer(_BYTES, self._packed)
@@ -165,7 +174,7 @@ class PackedInt8:
 
 def pack_int8(q: np.ndarray) -> PackedInt8:
     """q (N, K) int8 in [-127, 127], at most MAX_K columns -> packed weights, which do not refer to q."""
-    q = _array("q", q, (None, None), np.int8)
+    q = _matrix("q", q, None, I8)
     if q.shape[1] > MAX_K:
         raise ValueError(f"q: expected at most {MAX_K} columns, got {q.shape[1]}")
     if q.size and q.min() < -127:
@@ -176,7 +185,7 @@ def pack_int8(q: np.ndarray) -> PackedInt8:
 def matmul_int8(a: np.ndarray, w: PackedInt8) -> np.ndarray:
     """a (M, K) int8, w (N, K) -> a wᵀ (M, N) int32, exact."""
     n, k = w.shape
-    a = _array("a", a, (None, k), np.int8)
+    a = _matrix("a", a, k, I8)
     if not _in_c(a):
         return reference.matmul_int8(a, w.plain())
     acc = np.empty((a.shape[0], n), np.int32)
@@ -188,10 +197,10 @@ def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """x (M, K) float32, finite -> q (M, K) int8, scale (M,) float32 with x ≈ scale * q.
 
     scale = max |x| / 127 of the row, q = x * (127 / max) rounded half to even; a row of zeros has scale 1."""
-    x = _array("x", x, (None, None), np.float32)
+    x = _matrix("x", x, None, F32)
     if not _in_c(x):
         return reference.quantize_rows(x)
-    q, scale = np.empty(x.shape, np.int8), np.empty(x.shape[0], np.float32)
+    q, scale = np.empty(x.shape, I8), np.empty(x.shape[0], F32)
     _check(lib.mg_quantize_rows(ffi.from_buffer(_BYTES, q), _floats(scale), _floats(x), *x.shape))
     return q, scale
 
@@ -202,15 +211,15 @@ def linear_int8(q: np.ndarray, a_scale: np.ndarray, w: PackedInt8, w_scale: np.n
 
     q (M, K) int8, a_scale (M,), w_scale (N,), bias (N,) or None, residual (M, N) or None, all float32."""
     n, k = w.shape
-    q = _array("q", q, (None, k), np.int8)
+    q = _matrix("q", q, k, I8)
     m = q.shape[0]
-    a_scale = _array("a_scale", a_scale, (m,), np.float32)
-    w_scale = _array("w_scale", w_scale, (n,), np.float32)
-    bias = _optional("bias", bias, (n,), np.float32)
-    residual = _optional("residual", residual, (m, n), np.float32)
+    a_scale = _array("a_scale", a_scale, (m,), F32)
+    w_scale = _array("w_scale", w_scale, (n,), F32)
+    bias = _optional("bias", bias, (n,), F32)
+    residual = _optional("residual", residual, (m, n), F32)
     if not _in_c(q):
         return reference.linear_int8(q, a_scale, w.plain(), w_scale, bias, gelu, residual)
-    out = np.empty((m, n), np.float32)
+    out = np.empty((m, n), F32)
     _check(lib.mg_linear_int8(_floats(out), ffi.from_buffer(_BYTES, q), _floats(a_scale), w.pointer(),
                               _floats(w_scale), _floats(bias), _floats(residual), gelu, m, n, k))
     return out
@@ -222,7 +231,7 @@ def linear_f32(x: np.ndarray, w: np.ndarray, bias=None, gelu=False, residual=Non
     """[gelu](x wᵀ + bias) + residual -> (..., N), the product by BLAS. x (..., K), w (N, K), bias (N,) or None,
     residual (..., N) or None; all float32 or all float64."""
     dtype = _float_type("x", x)
-    w = _array("w", w, (None, x.shape[-1]), dtype)
+    w = _matrix("w", w, x.shape[-1], dtype)
     n, rows = w.shape[0], x.reshape(-1, x.shape[-1])
     bias = _optional("bias", bias, (n,), dtype)
     residual = _optional("residual", residual, (*x.shape[:-1], n), dtype)
@@ -241,7 +250,7 @@ def gelu(x: np.ndarray) -> np.ndarray:
     x = _array("x", x, x.shape, dtype)
     if not _in_c(x):
         return reference.gelu(x)
-    y = np.empty_like(x)
+    y = np.empty(x.shape, F32)
     width = x.shape[-1] if x.ndim else 1
     _check(lib.mg_finish(_floats(y), _floats(x), ffi.NULL, ffi.NULL, True, x.size // width if width else 0, width))
     return y
@@ -255,26 +264,24 @@ def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float =
     weight, bias = _array("weight", weight, (n,), dtype), _array("bias", bias, (n,), dtype)
     if not _in_c(x):
         return reference.layer_norm(x, weight, bias, eps)
-    y = np.empty_like(x)
+    y = np.empty(x.shape, F32)
     _check(lib.mg_layer_norm(_floats(y), _floats(x), _floats(weight), _floats(bias), eps, x.size // n if n else 0, n))
     return y
 
 
-def _strided(name: str, x, shape: tuple, dtype) -> np.ndarray:
+def _strided(name: str, x, shape: tuple, dtype: np.dtype) -> np.ndarray:
     """x (B, T, D) after a check; a copy only if its last axis is not dense or a stride is negative."""
-    if not isinstance(x, np.ndarray) or x.dtype != dtype or x.ndim != 3 or x.strides[2] != x.itemsize \
-            or min(x.strides) < 0:
-        return _array(name, x, shape, dtype)
-    if any(n is not None and n != m for n, m in zip(shape, x.shape, strict=True)):
-        return _array(name, x, shape, dtype)
-    return x
+    if isinstance(x, np.ndarray) and x.dtype == dtype and x.shape == shape:
+        batch, row, column = x.strides
+        if column == x.itemsize and batch >= 0 and row >= 0:
+            return x
+    return _array(name, x, shape, dtype)
 
 
 def _view(x) -> tuple:
     """pointer, and the strides of batches and rows in elements."""
-    if x.flags.c_contiguous:
-        return ffi.from_buffer(_FLOATS, x), x.shape[1] * x.shape[2], x.shape[2]
-    return ffi.cast("float *", x.__array_interface__["data"][0]), x.strides[0] // 4, x.strides[1] // 4
+    batch, row, _ = x.strides
+    return ffi.from_buffer(_FLOATS, x[0, 0]), batch // 4, row // 4
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=False, gate=None) -> np.ndarray:
@@ -283,9 +290,9 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=F
     q (B, Tq, D); k, v (Bk, Tk, D), Bk divides B and row b attends to k[b // (B // Bk)]; all may be views with strides.
     gate: None, (B, Tq, H) or (B, Tq, D). causal: query i sees keys j <= i + Tk - Tq, which needs Tq <= Tk."""
     dtype = _float_type("q", q)
-    q = _strided("q", q, (None, None, None), dtype)
+    q = _strided("q", q, q.shape if q.ndim == 3 else (None, None, None), dtype)
     n_batch, t_q, n_state = q.shape
-    k = _strided("k", k, (None, None, n_state), dtype)
+    k = _strided("k", k, (*k.shape[:2], n_state) if getattr(k, "ndim", 0) == 3 else (None, None, n_state), dtype)
     v = _strided("v", v, k.shape, dtype)
     k_batch, t_k, _ = k.shape
     if n_head < 1 or n_state % n_head:
@@ -298,9 +305,9 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=F
     if gate is not None:
         gate_width = n_state // n_head if gate.shape[-1] == n_state else 1
         gate = _array("gate", gate, (n_batch, t_q, n_head * gate_width), dtype)
-    if not _in_c(q):
+    if not _in_c(q) or q.size == 0:
         return reference.attention(q, k, v, n_head, causal, gate)
-    out = np.empty((n_batch, t_q, n_state), np.float32)
+    out = np.empty((n_batch, t_q, n_state), F32)
     (q_data, *q_strides), (k_data, *k_strides), (v_data, *v_strides) = _view(q), _view(k), _view(v)
     _check(lib.mg_attention(_floats(out), q_data, k_data, v_data, _floats(gate), *q_strides, *k_strides, *v_strides,
                             gate_width, causal, n_batch, n_batch // k_batch, n_head, t_q, t_k, n_state // n_head))
