@@ -12,7 +12,7 @@ import numpy as np
 from minigate import checkpoint, readers
 from minigate.errors import FileError, UsageError
 from minigate.options import ArgumentParser
-from minigate.tensorfile import Entry, LazyTensors, map_file
+from minigate.tensorfile import Entry, LazyTensors
 from minigate.tokenizer import pack_vocabulary
 
 SHOW_PROGRESS = 500_000_000  # bytes of output from which on a progress bar is shown
@@ -50,9 +50,10 @@ def convert(src: str | Path, out: str | Path, dtype: str = "float32") -> checkpo
 def _sha256(files: list[Path]) -> str | dict[str, str]:
     """The hash of the file with the weights; of several, each by its name."""
     def one(path: Path) -> str:
-        data, digest = map_file(path), hashlib.sha256()
-        for at in range(0, data.size, CHUNK):
-            digest.update(data[at:at + CHUNK])
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while data := file.read(CHUNK):
+                digest.update(data)
         return digest.hexdigest()
 
     return one(files[0]) if len(files) == 1 else {path.name: one(path) for path in files}
