@@ -156,8 +156,7 @@ class Beam:
 
     def texts(self, window: int) -> list[Text]:
         """The window's finished texts, and its likeliest unfinished ones where they are fewer than the group."""
-        rows = np.arange(window * self.group, (window + 1) * self.group)
-        rows = rows[np.argsort(self.sum_logprob[rows])[::-1]]
-        missing = max(self.group - len(self.finished[window]), 0)
-        unfinished = [Text(self.tokens[row].tolist(), float(self.sum_logprob[row])) for row in rows[:missing]]
+        first = window * self.group  # a step leaves the rows of a window in descending order
+        rows = range(first, first + max(self.group - len(self.finished[window]), 0))
+        unfinished = [Text(self.tokens[row].tolist(), float(self.sum_logprob[row])) for row in rows]
         return self.finished[window] + unfinished

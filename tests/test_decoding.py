@@ -39,12 +39,12 @@ def test_result_of_a_window():
 
 
 def test_avg_logprob_counts_the_end():
-    row = {TEXT[0]: 3.0, T.eot: 2.0}
-    model = ScriptedModel(lambda w, a, tokens: row if tokens[-1] != TEXT[0] else {T.eot: 5.0})
+    row, end = {TEXT[0]: 3.0, TEXT[1]: 2.5, T.eot: 4.0}, {T.eot: 5.0, TEXT[1]: 4.5}
+    model = ScriptedModel(lambda w, a, tokens: row if tokens[-1] != TEXT[0] else end)
     [result] = decode(model, heard(3), DecodingOptions(without_timestamps=True, suppress_tokens=()))
     allowed = np.ones(T.n_vocab, bool)
     allowed[[T.transcribe, T.translate, T.sot, T.sot_prev, T.sot_lm, T.no_speech]] = False
-    last = np.log(np.exp(logits(T, {T.eot: 5.0})[allowed].astype(float)).sum())
+    last = np.log(np.exp(logits(T, end)[allowed].astype(float)).sum())
     allowed[[T.encode(" ")[0], T.eot]] = False  # no blank at first
     first = np.log(np.exp(logits(T, row)[allowed].astype(float)).sum())
     assert result.avg_logprob == pytest.approx((3.0 - first + 5.0 - last) / 2, abs=1e-6)
@@ -119,15 +119,15 @@ def test_a_batch_gives_what_single_windows_give():
 
 def test_beam_follows_the_rows_it_keeps():
     """The second-best first word leads to the best text: found by two beams, not by one."""
-    a, b, c = 65, 66, 67
+    a, b, c, d = 65, 66, 67, 68
+    following = {(): {a: 1.0, b: 0.9}, (a,): {c: 0.2, d: 0.1, 69: 0.0, 70: 0.0}, (b,): {c: 5.0}, (b, c): {d: 5.0}}
 
     def script(window, attempt, tokens):
-        return {a: {b: 0.1, c: 0.0, 68: 0.0, 69: 0.0}, b: {c: 5.0}, c: {T.eot: 5.0}}.get(
-            tokens[-1], {a: 1.0, b: 0.9} if tokens[-1] == T.no_timestamps else {T.eot: 5.0})
+        return following.get(tuple(tokens[2:]), {T.eot: 5.0})  # behind sot, no_timestamps
 
     options = dict(without_timestamps=True)
     assert decode(ScriptedModel(script), heard(3), DecodingOptions(**options))[0].tokens[0] == a
-    assert decode(ScriptedModel(script), heard(3), DecodingOptions(beam_size=2, **options))[0].tokens == [b, c]
+    assert decode(ScriptedModel(script), heard(3), DecodingOptions(beam_size=2, **options))[0].tokens == [b, c, d]
 
 
 def test_samples_repeat_and_the_best_of_them_wins():

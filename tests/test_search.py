@@ -1,6 +1,7 @@
 """Searches against plain code: enumeration of all texts, a beam search with dictionaries, counted draws."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,18 +125,20 @@ def test_a_beam_without_possible_rows_is_done():
     beam = Beam(1, 2, EOT, patience=5.0)
     beam.step(only_end)
     assert beam.done().all()
-    assert best_text(beam.texts(0), None) == Text([], 0.0)
+    beam.step(only_end)  # an end after what is impossible is none
+    assert beam.finished == [[Text([], 0.0)]] and best_text(beam.texts(0), None) == Text([], 0.0)
 
 
-@pytest.mark.parametrize("new", [lambda n: Beam(n, 3, EOT, 1.0), lambda n: Sampler(n, 1, EOT, 0.0, ()),
-                                 lambda n: Sampler(n, 4, EOT, 0.8, (5,))])  # fmt: skip
+@pytest.mark.parametrize("new", [lambda: Beam(4, 3, EOT, 1.0), lambda: Sampler(4, 1, EOT, 0.0, ()),
+                                 lambda: Sampler(4, 4, EOT, 0.8, (5,))])  # fmt: skip
 def test_windows_do_not_see_each_other(new):
     rows = [table(seed, possible=12) for seed in range(4)]
-    together = run(new(4), lambda window, tokens: rows[window](tokens), 12, windows=4)
-    assert len({len(texts[0].tokens) for texts in together}) > 1  # they were done at different steps
-    for window in range(1 if new(1).group == 4 else 4):  # draws are seeded by the window's number
-        alone = run(new(1), lambda _, tokens, window=window: rows[window](tokens), 12)[0]
-        assert together[window] == alone
+    together = run(new(), lambda window, tokens: rows[window](tokens), 12, windows=4)
+    assert len({max(len(text.tokens) for text in texts) for texts in together}) > 1  # done at different steps
+    for window in range(4):
+        one = new()
+        one.keep(np.array([window]))
+        assert together[window] == run(one, lambda _, tokens, window=window: rows[window](tokens), 12)[0]
 
 
 def test_greedy_takes_the_likeliest_token_and_counts_the_end():
@@ -170,6 +173,15 @@ def test_draws_follow_the_tempered_probabilities():
     assert sampler.sum_logprob[0] == pytest.approx(np.log([0.1, 0.2, 0.3, 0.4])[sampler.tokens[0, 0] - 5], abs=1e-6)
 
 
+def test_a_draw_of_0_is_the_first_possible_token():
+    sampler = Sampler(1, 1, EOT, 1.0, ())
+    sampler.random = [SimpleNamespace(random=np.zeros)]
+    logits = np.full((1, V), -np.inf, np.float32)
+    logits[0, [6, 8]] = 0
+    sampler.step(logits)
+    assert sampler.tokens.tolist() == [[6]]
+
+
 def test_draws_repeat_with_the_seed_alone():
     logits = np.zeros((3, V), np.float32)
 
@@ -187,6 +199,8 @@ def test_best_text_by_mean_or_by_penalty():
     assert best_text([short, long], None) is long  # -1 against -0.75
     assert best_text([short, long], 0.0) is short  # -1 against -3
     assert best_text([short, long], 1.0) is short  # -1 against -3 / 1.5
+    for total, best in ((-1.99, 7), (-2.01, 1)):  # ((5 + 7) / 6) = 2
+        assert len(best_text([short, Text([1] * 7, total)], 1.0).tokens) == best
     assert best_text([Text([1, 2], -2.0), short], None).tokens == [1, 2]  # equal: the first
     assert best_text([Text([], -0.5), short], None).tokens == []
 

@@ -83,6 +83,8 @@ def test_without_timestamps_a_window_is_a_segment():
     result, model = run({0: [ASK, NOT], 3000: [AND]}, 3250, without_timestamps=True)
     assert times_and_texts(result) == [(0, 0.0, 30.0, " ask not"), (3000, 30.0, 32.5, " and")]
     assert result.segments[0].tokens == [ASK, NOT]
+    result, _ = run({0: [ASK, at(1), at(1), NOT]}, 2000, without_timestamps=True)  # even if there are some
+    assert times_and_texts(result) == [(0, 0.0, 20.0, " ask not")]
 
 
 @pytest.mark.parametrize("tokens, pieces, advance", [
@@ -106,6 +108,12 @@ def test_segments_without_words_or_length_stay_empty_in_their_place():
         (" ask", [at(0), ASK, at(2)]), ("", []), (" not", [at(3), NOT, at(4)]), ("", []), (" and", [at(0), AND])]
     assert result.text == " ask not and" and [s.id for s in result.segments] == [0, 1, 2, 3, 4]
     assert prompts(model)[-1] == [at(0), ASK, at(2), at(3), NOT, at(4)]
+
+
+def test_a_segment_without_length_is_empty(monkeypatch):
+    result = DecodingResult([at(1), ASK, at(1), at(1), NOT, at(2)], "", "en", None, 0.0, 0.0, 0.0, 1.0)
+    monkeypatch.setattr(module, "decode", lambda *arguments: [result])  # the rules for timestamps forbid it
+    assert [(s.start, s.end, s.text) for s in run({}, 2000)[0].segments] == [(1.0, 1.0, ""), (1.0, 2.0, " not")]
 
 
 def test_a_character_split_between_segments_is_whole_in_the_text():
@@ -300,7 +308,7 @@ def test_what_a_model_cannot_do_is_said_before_the_recording_is_opened():
 
 def test_callbacks_and_iteration():
     seen, progress = [], []
-    texts = {0: [at(0), ASK, at(7), at(7), NOT], 700: [at(0), AND, at(3)]}
+    texts = {0: [at(0), ASK, at(7), at(7), NOT], 700: [at(0), AND, at(29), at(29)]}
     model = ScriptedModel(says(texts, likely=SURE))
     result = transcribe(model, 3500, on_segment=seen.append, on_progress=lambda *s: progress.append(s))
     assert seen == result.segments and progress == [(7.0, 35.0), (35.0, 35.0)]
