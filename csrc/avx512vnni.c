@@ -20,9 +20,10 @@ TARGET static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_
         size_t i = 0;
         for (; i + 64 <= k; i += 64)
             _mm512_storeu_si512(out + i, _mm512_xor_si512(_mm512_loadu_si512(row + i), offset));
-        __mmask64 in = (1ULL << (k - i)) - 1, to = (1ULL << (k4 - i)) - 1;
-        if (in)
+        if (i < k) {
+            __mmask64 in = (1ULL << (k - i)) - 1, to = (2ULL << (k4 - i - 1)) - 1;      /* k4 - i may be 64 */
             _mm512_mask_storeu_epi8(out + i, to, _mm512_xor_si512(_mm512_maskz_loadu_epi8(in, row + i), offset));
+        }
     }
 }
 

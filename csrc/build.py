@@ -13,7 +13,7 @@ from cffi import FFI
 FOLDER = Path(__file__).resolve().parent
 SOURCES = ("dispatch.c", "pool.c", "pack.c", "calls.c", "attention.c", "portable.c", "avx2.c", "avx2attention.c",
            "avx512vnni.c", "avx512attention.c")
-FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-D_GNU_SOURCE"]
+FLAGS = ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-D_GNU_SOURCE"]
 
 PREAMBLE = """
 #pragma GCC diagnostic ignored "-Wunused-parameter"    /* in the glue that cffi writes, whatever flags are appended */

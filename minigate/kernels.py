@@ -35,15 +35,31 @@ _n_threads = 0      # 0 until they are set or needed
 
 # ---- instruction set and threads ----
 
-def usable_isas() -> list[str]:
-    """What use_isa() and MINIGATE_ISA may name here, from the slowest to the fastest."""
-    names = ["numpy"]
+def isas() -> dict[str, bool]:
+    """Every instruction set that the kernels exist for, from the slowest to the fastest, and whether it is usable."""
+    found = {"numpy": True}
     i = 0
     while compiled and (name := lib.mg_isa_name(i)) != ffi.NULL:
-        if lib.mg_isa_usable(i):
-            names.append(ffi.string(name).decode())
+        found[ffi.string(name).decode()] = bool(lib.mg_isa_usable(i))
         i += 1
-    return names
+    return found
+
+
+def usable_isas() -> list[str]:
+    """What use_isa() and MINIGATE_ISA may name here, from the slowest to the fastest."""
+    return [name for name, usable in isas().items() if usable]
+
+
+def features() -> dict[str, tuple[bool, bool, bool]]:
+    """What the instruction sets are made of: name -> whether the chip has it, the operating system saves its registers,
+    and this process may use it."""
+    found = {}
+    i = 0
+    while compiled and (name := lib.mg_feature_name(i)) != ffi.NULL:
+        bits = lib.mg_feature(i)
+        found[ffi.string(name).decode()] = (bool(bits & 1), bool(bits & 2), bool(bits & 4))
+        i += 1
+    return found
 
 
 def use_isa(name: str = "") -> str:
@@ -127,10 +143,10 @@ def _optional(name: str, x, shape: tuple, dtype: np.dtype) -> np.ndarray | None:
 
 def _float_type(name: str, x) -> np.dtype:
     """float32 or float64: what x has."""
-    dtype = x.dtype if isinstance(x, np.ndarray) else None
-    if dtype != F32 and dtype != F64:
-        raise TypeError(f"{name}: expected an array of float32 or float64, got {dtype or type(x).__name__}")
-    return dtype
+    if not isinstance(x, np.ndarray) or (x.dtype != F32 and x.dtype != F64):
+        got = getattr(x, "dtype", type(x).__name__)
+        raise TypeError(f"{name}: expected an array of float32 or float64, got {got}")
+    return x.dtype
 
 
 def _floats(x):
