@@ -16,7 +16,7 @@ from minigate.tensorfile import Entry, LazyTensors
 from minigate.tokenizer import pack_vocabulary
 
 SHOW_PROGRESS = 500_000_000  # bytes of output from which on a progress bar is shown
-CHUNK = 1 << 24  # bytes hashed at a time
+CHUNK = 1 << 20  # bytes hashed at a time
 
 
 def convert(src: str | Path, out: str | Path, dtype: str = "float32") -> checkpoint.ModelFile:

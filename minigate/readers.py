@@ -5,6 +5,7 @@ a CTranslate2 folder (model.bin), or a float model file of our own. Out: a Sourc
 its dims demand and are made one by one when asked for. Nothing in the files is executed.
 """
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ class Source:
 def read_any(src: str | Path) -> Source:
     """File or folder -> Source; the kind is found out from the content. Raises FileError naming what is wrong."""
     path = Path(src)
-    if not path.exists():
+    if not os.path.exists(path):
         raise FileError(f"{path}: expected a file or folder, got nothing there")
     if path.is_dir():
         if (path / "model.bin").is_file():
@@ -181,16 +182,27 @@ def _finish(where: Path, kind: str, files: list[Path], dims: dict[str, int], ent
     """Check the tensors, put them into openai/whisper's order, fill in what the source does not say."""
     shapes = checkpoint.tensor_shapes(dims)
     checkpoint.check_tensors(where, LazyTensors(entries), {name: (shape, "float") for name, shape in shapes.items()})
-    heads = settings.get("alignment_heads")
-    if heads is None:
-        heads = ALIGNMENT_HEADS.get(official_name(dims, hint))
+    heads, suppressed = _alignment_heads(dims, settings.get("alignment_heads"), hint), settings.get("suppress_tokens")
+    checkpoint.check_metadata(where, checkpoint.make_metadata("", dims, {}, alignment_heads=heads,
+                                                              suppress_tokens=suppressed))
     try:
         vocabulary = vocabulary or official_vocabulary(dims["n_vocab"])
         Tokenizer(vocabulary, dims["n_vocab"])  # do they fit?
     except FileError as error:
         raise FileError(f"{where}: {error}") from None
-    return Source(dims, LazyTensors({name: entries[name] for name in shapes}), vocabulary, heads,
-                  settings.get("suppress_tokens"), kind, files)
+    tensors = LazyTensors({name: entries[name] for name in shapes})
+    return Source(dims, tensors, vocabulary, heads, suppressed, kind, files)
+
+
+def _alignment_heads(dims: dict[str, int], heads: object, hint: str) -> object:
+    """The source's heads, or the official ones. Distil models came with their teachers' heads, which are of no use."""
+    if heads is None:
+        return ALIGNMENT_HEADS.get(official_name(dims, hint))
+    try:
+        fit = all(layer < dims["n_text_layer"] and head < dims["n_text_head"] for layer, head in heads)
+    except (TypeError, ValueError):
+        return heads  # no list of pairs: an error for check_metadata
+    return heads if fit else None
 
 
 def _json(path: Path) -> dict:

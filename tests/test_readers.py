@@ -104,6 +104,7 @@ def test_heads_where_the_file_does_not_say(tmp_path):
     ({"suppress_tokens": [7]}, None, [7]),
     ({"suppress_tokens": [], "alignment_heads": [[0, 0]]}, [[0, 0]], []),
     ({"suppress_tokens": None}, None, None),
+    ({"alignment_heads": [[0, 0], [1, 0]]}, None, [5, 6]),  # a teacher's heads: this decoder has one layer
 ])  # fmt: skip
 def test_generation_config(tmp_path, generation, heads, tokens):
     dims, tensors = random_model()
@@ -180,6 +181,10 @@ def edit_tensors(folder, **change):
     (lambda f: layouts.write_tokenizer(f / "tokenizer.json", [7]), "tokenizer.json: expected a vocabulary"),
     (lambda f: layouts.write_tokenizer(f / "tokenizer.json", ["q q"]), "tokenizer.json: expected a vocabulary"),
     (lambda f: (f / "generation_config.json").write_text("x"), "generation_config.json: expected a JSON file"),
+    (lambda f: edit_json(f / "config.json", suppress_tokens=[1.5]), "m: suppress_tokens: expected null or a list"),
+    (lambda f: edit_json(f / "config.json", suppress_tokens=5), "m: suppress_tokens: expected null or a list"),
+    (lambda f: edit_json(f / "config.json", alignment_heads=5), "m: alignment_heads: expected null or a list"),
+    (lambda f: edit_json(f / "config.json", alignment_heads=[[0, "a"]]), "m: alignment_heads: expected null or a list"),
 ])  # fmt: skip
 def test_bad_huggingface_folders(tmp_path, spoil, said):
     folder = tmp_path / "m"
@@ -280,6 +285,7 @@ def test_what_is_no_model(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / "b.safetensors").write_bytes(layouts.safetensors({"__metadata__": {"format": "pt"}}))
     for name, said in (("gone", "expected a file or folder, got nothing there"), ("empty", "got none"),
+                       ("x" * 5000, "expected a file or folder, got nothing there"),
                        ("a.txt", "expected an OpenAI .pt file"), ("b.safetensors", "give the folder")):
         with pytest.raises(FileError, match=f"{name}: .*{said}"):
             readers.read_any(tmp_path / name)
