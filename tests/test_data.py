@@ -68,6 +68,11 @@ def test_variable_mode_leaves_half_alone_and_fills_windows_of_every_length():
     assert min(packed_s) < 8 and max(packed_s) > 27 and 12 < np.mean(packed_s) < 20
 
 
+def test_half_of_the_utterances_are_alone_where_all_would_find_room():
+    windows = make_windows(imagined(201, longest_s=1), "variable", seed=0)
+    assert 101 <= sum(len(w.utterances) == 1 for w in windows) <= 103
+
+
 @pytest.mark.parametrize("mode", ["full", "variable"])
 def test_windows_follow_from_the_seed(mode):
     plans = [plan_hash(make_windows(imagined(100), mode, seed, AugmentOptions(gain_db=3))) for seed in (0, 0, 1)]
