@@ -39,8 +39,8 @@ class AugmentOptions:
         speeds = tuple(self.speeds)
         if not speeds or len(set(speeds)) < len(speeds) or not all(low <= s <= high for s in speeds):
             raise UsageError(f"speeds: expected different numbers from {low} to {high}, got {self.speeds!r}")
-        least, most = self.noise_snr_db
-        if not -math.inf < least <= most < math.inf:
+        ratios = tuple(self.noise_snr_db)
+        if len(ratios) != 2 or not -math.inf < ratios[0] <= ratios[1] < math.inf:
             raise UsageError(f"noise_snr_db: expected two numbers in ascending order, got {self.noise_snr_db!r}")
         for name, top in (("gain_db", 60), ("noise_share", 1), ("time_masks", 100), ("time_mask_s", 30),
                           ("freq_masks", 100), ("freq_mask_bins", 128)):  # fmt: skip

@@ -29,8 +29,8 @@ from minigate.melcache import MelCache
 from minigate.options import DecodingOptions
 
 FORMAT_VERSION = 1
-AT_ONCE = 16  # windows that the teacher labels together, or as many as have
-AT_ONCE_BYTES = 300_000_000  # of keys and values for the decoder to listen to
+WINDOWS_AT_ONCE = 16  # that a teacher works on together; or fewer, so that
+BYTES_AT_ONCE = 300_000_000  # of keys and values for its decoder are enough
 ABOUT = "labels.json"  # in the cache's folder: whose labels these are
 
 
@@ -299,7 +299,7 @@ def teacher_forced(teacher, xa: np.ndarray, pairs: Sequence[tuple[list[int], lis
 def windows_at_once(dims) -> int:
     """How many windows the teacher labels together: 16 for tiny, 8 for base."""
     window_bytes = 2 * 4 * dims.n_audio_ctx * dims.n_text_state * dims.n_text_layer  # float32 keys and values
-    return max(1, min(AT_ONCE, AT_ONCE_BYTES // window_bytes))
+    return max(1, min(WINDOWS_AT_ONCE, BYTES_AT_ONCE // window_bytes))
 
 
 def _bar(windows: int, shown: bool):

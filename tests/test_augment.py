@@ -118,6 +118,7 @@ def test_what_is_drawn_follows_from_seed_epoch_window_and_use():
     (dict(noise_share=1.5), "noise_share: expected 0 to 1, got 1.5"),
     (dict(noise_share=float("nan")), "noise_share: expected 0 to 1, got nan"),
     (dict(noise_snr_db=(10, 5)), "noise_snr_db: expected two numbers in ascending order, got (10, 5)"),
+    (dict(noise_snr_db=(10,)), "noise_snr_db: expected two numbers in ascending order, got (10,)"),
     (dict(time_masks=-1), "time_masks: expected 0 to 100, got -1"),
 ])  # fmt: skip
 def test_values_out_of_range(options, said):

@@ -199,8 +199,8 @@ def test_a_shorter_window_of_a_batch_is_padded_with_zeros(corpus):
     assert batch.mel[0, :, short.frames - 1].any() and not batch.mel[0, :, short.frames :].any()
 
 
-def test_noise_and_masks_are_for_the_student_alone_and_change_with_the_epoch(corpus):
-    options = AugmentOptions(noise_share=1, time_masks=1, freq_masks=1)
+@pytest.mark.parametrize("options", [AugmentOptions(noise_share=1), AugmentOptions(time_masks=1, freq_masks=1)])
+def test_noise_and_masks_are_for_the_student_alone_and_change_with_the_epoch(corpus, options):
     windows, labeller = corpus("variable")
     clean, noisy = Batches(labeller, "variable"), Batches(labeller, "variable", options, seed=5)
     draw = Order(windows, "variable", 80, 0).next()

@@ -120,7 +120,7 @@ def test_labels_are_made_once(teacher, sound, tmp_path, monkeypatch):
 
 def test_a_kill_loses_what_was_under_way_and_nothing_else(teacher, sound, tmp_path, monkeypatch):
     mels, windows = sound
-    monkeypatch.setattr(labels, "AT_ONCE", 2)
+    monkeypatch.setattr(labels, "WINDOWS_AT_ONCE", 2)
     Labeller(teacher, LabelCache(tmp_path / "whole", HASH), mels).ensure(windows)
     encode, calls = teacher.encode, []
 
