@@ -235,8 +235,8 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, defaults: dict | Non
         "thresholds; a single number: no fallback")
     add("compression_ratio_threshold", _number_or_none, "X", "a text whose UTF-8 bytes are more than X times its zlib "
         "bytes is repetitive and failed; none: no check")
-    add("logprob_threshold", _number_or_none, "X", "a text with a mean log-probability per token below X failed; "
-        "none: no check")
+    add("logprob_threshold", _number_or_none, "X", "a text with a mean log-probability (natural) per token below X "
+        "failed; none: no check")
     add("no_speech_threshold", _number_or_none, "P", "a window whose no-speech probability is above P and whose text "
         "is below the log-probability threshold is silence; none: no check")
     group.add_argument("--no-condition-on-previous-text", dest="condition_on_previous_text", action="store_false",
