@@ -1,0 +1,32 @@
+"""A teacher small enough that tests can train on it, and the arguments of a run."""
+
+from pathlib import Path
+
+from minigate import checkpoint
+from tests.sounds import write_manifest
+from tests.toy import toy_model
+
+SECONDS = (0.6, 1.1, 1.4, 0.9, 2.3, 1.7, 0.5, 1.2)  # of the recordings
+
+
+def make_teacher(path: Path, seed: int = 0, **dims) -> Path:
+    """It hears 30 s, which the loop needs, and writes up to 6 tokens."""
+    metadata, tensors = toy_model(
+        seed=seed, n_audio_ctx=1500, n_text_ctx=12, n_vocab=1864, n_audio_layer=1, n_text_layer=1, **dims)  # fmt: skip
+    checkpoint.write(path, metadata, tensors)
+    return path
+
+
+def arguments(folder: Path, output: str = "run", **options) -> list[str]:
+    """Of a run in `folder`, whose teacher, recordings and labels its runs share."""
+    if not (folder / "teacher.safetensors").exists():
+        make_teacher(folder / "teacher.safetensors")
+        write_manifest(folder / "train", SECONDS)
+        write_manifest(folder / "dev", SECONDS[:3], texts=["a word", "", "and another"])
+    options = {
+        "teacher": folder / "teacher.safetensors", "train": folder / "train" / "list.tsv",
+        "dev": folder / "dev" / "list.tsv", "output": folder / output, "label-cache": folder / "labels",
+        "mel-cache": folder / "mels", "steps": 6, "gate": "per_head", "audio-context": "variable", "batch-seconds": 6,
+        "max-compression-ratio": "none", "warmup": 2, "lr": 1e-3, "threads": 1, **options,
+    }  # fmt: skip
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
