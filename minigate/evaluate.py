@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minigate import __version__, audio, kernels, wer
+from minigate import __version__, kernels, wer
 from minigate.errors import FileError, UsageError
 from minigate.manifest import Row, read_manifest
 from minigate.model import Model, find, load
@@ -63,20 +63,14 @@ def transcribe_rows(model: Model, rows: Sequence[Row], options: dict,
 
 
 def _listen(model: Model, row: Row, options: dict) -> tuple[str, float]:
-    """-> text, seconds of sound; the samples are counted as they pass, so that a file of hours is never held whole."""
-    source = audio.open_audio(row.file)
-    samples = 0
+    """-> text, seconds of sound."""
+    seconds = 0.0
 
-    def counted():
-        nonlocal samples
-        total = 0
-        for chunk in source.chunks():  # twice, where the loudest frame is looked for first
-            total += len(chunk)
-            samples = max(samples, total)
-            yield chunk
+    def note(done_s: float, total_s: float | None):
+        nonlocal seconds
+        seconds = total_s or seconds
 
-    result = model.transcribe(audio.AudioSource(source.name, source.reopenable, counted), **options)
-    return result.text.strip(), samples / audio.SAMPLE_RATE
+    return model.transcribe(row.file, on_progress=note, **options).text.strip(), seconds
 
 
 def summarise(utterances: Sequence[dict]) -> dict:
