@@ -48,11 +48,12 @@ setup(
     extras_require={
         "test": ["pytest"],
         "eval": ["jiwer", "whisper-normalizer"],
+        "mpi": ["mpi4py"],
         "reference": ["torch", "openai-whisper"],
     },
     packages=["minigate", "minigate.weights"],
     package_dir={"minigate.weights": "weights"},
-    package_data={"minigate": ["vocab/*.gz"], "minigate.weights": ["*.safetensors", "*.md", "*.wav"]},
+    package_data={"minigate": ["vocab/*.gz", "vocab/*.md"], "minigate.weights": ["*.safetensors", "*.md", "*.wav"]},
     cffi_modules=["csrc/build.py:ffi"],
     cmdclass={"build_ext": OptionalBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

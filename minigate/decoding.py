@@ -68,8 +68,10 @@ def search_texts(
     """xa (B, T, D) -> the best text by window, and the windows' no-speech probabilities (B,)."""
     search = new_search(options, len(xa), model.tokenizer.eot)
     opening, sot = opening_tokens(model, options, languages)
-    cache = model.start(xa, search.group)
-    logits, no_speech = open_transcript(model, np.repeat(opening, search.group, axis=0), sot, cache)
+    cache = model.start(xa)
+    logits, no_speech = open_transcript(model, opening, sot, cache)
+    cache.repeat(search.group)
+    logits = np.repeat(logits, search.group, axis=0)
     rules = Rules(model, options)
     texts: dict[int, Text] = {}
     windows = np.arange(len(xa))  # those still decoded
@@ -90,7 +92,7 @@ def search_texts(
             search.keep(left)
             cache.keep(left)
         logits = model.decode(search.tokens[:, -1:], cache)
-    return texts, no_speech[:: search.group]
+    return texts, no_speech
 
 
 def new_search(options: DecodingOptions, windows: int, eot: int) -> Sampler | Beam:
@@ -115,7 +117,7 @@ def opening_tokens(model, options: DecodingOptions, languages: list[str]) -> tup
 
 
 def open_transcript(model, opening: np.ndarray, sot: int, cache) -> tuple[np.ndarray, np.ndarray]:
-    """opening (rows, n), sot at position `sot` -> logits (rows, V) after it all, no-speech probability (rows,).
+    """opening (B, n), sot at position `sot` -> logits (B, V) after it all, no-speech probability (B,).
 
     The latter is read at sot, so the model is called up to there and once more for the rest.
     """

@@ -178,12 +178,13 @@ class Whole:
 class Cache:
     """Keys and values of the decoder: `cross` computed once from xa, the others grown token by token.
 
-    A group of rows (the beams or samples of one window) shares one window's cross keys and values.
+    A group of rows (the beams or samples of one window) shares one window's cross keys and values: row r listens to
+    window r // group.
     """
 
-    def __init__(self, cross: list[tuple], rows: int, n_ctx: int):
+    def __init__(self, cross: list[tuple], n_ctx: int):
         self.cross = cross  # per layer: k, v (B, T_audio, D)
-        self.rows = rows
+        self.rows = len(cross[0][0])  # one for each window at first
         self.length = 0  # positions so far
         self._n_ctx = n_ctx
         self._own: list[list[np.ndarray] | None] = [None] * len(cross)  # per layer: k, v (rows, n_ctx, D)
@@ -197,6 +198,11 @@ class Cache:
         for kept, new in zip(self._own[layer], (k, v), strict=True):
             kept[:, self.length : end] = new
         return self._own[layer][0][:, :end], self._own[layer][1][:, :end]
+
+    def repeat(self, group: int) -> None:
+        """Every row becomes a group of equal rows."""
+        if group > 1:
+            self._take(np.repeat(np.arange(self.rows), group))
 
     def reorder(self, rows: np.ndarray) -> None:
         """Row i becomes what row rows[i] was. Rows may only move inside the group that shares a window."""
@@ -212,7 +218,14 @@ class Cache:
         group = self.rows // self.cross[0][0].shape[0]
         rows = (windows[:, None] * group + np.arange(group)).ravel()
         self.cross = [(k[windows], v[windows]) for k, v in self.cross]
-        self._own = [pair and [kept[rows] for kept in pair] for pair in self._own]
+        self._take(rows)
+
+    def _take(self, rows: np.ndarray) -> None:
+        """The rows become these of the old ones, copied as far as they are filled."""
+        for pair in self._own:
+            for i, old in enumerate(pair or ()):
+                pair[i] = np.empty((len(rows), *old.shape[1:]), old.dtype)
+                pair[i][:, : self.length] = old[rows, : self.length]
         self.rows = len(rows)
 
 
@@ -248,9 +261,9 @@ class Model:
             raise ValueError(f"mel: expected shape (B, {self.dims.n_mels}, {full}), got {mel.shape}")
         return encoder(self.ops, self.dims, np.asarray(mel, np.float32))
 
-    def start(self, xa: np.ndarray, group: int = 1) -> Cache:
-        """xa (B, T, D) -> the cache of B * group rows; row r listens to window r // group."""
-        return Cache(cross_keys_values(self.ops, self.dims, xa), len(xa) * group, self.dims.n_text_ctx)
+    def start(self, xa: np.ndarray) -> Cache:
+        """xa (B, T, D) -> a cache of B rows, row r listening to window r; `Cache.repeat` makes groups of them."""
+        return Cache(cross_keys_values(self.ops, self.dims, xa), self.dims.n_text_ctx)
 
     def decode(self, tokens: np.ndarray, cache: Cache, all_positions: bool = False) -> np.ndarray:
         """tokens (rows, T) -> logits (rows, V) of the last position, or (rows, T, V), float32.
@@ -306,7 +319,6 @@ def load(name_or_path: str | Path | None = None, threads: int | None = None) -> 
     """Load a model file or an embedded model by name. `threads`: default all cores this process may use."""
     path = find(name_or_path)
     file = checkpoint.read(path)
-    checkpoint.check(file.metadata, file.tensors)
     if threads is not None:
         kernels.set_threads(threads)
     return Model(file.metadata, file.tensors, name=path.stem)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from minigate import checkpoint
 from minigate.errors import UsageError
 
 Q_MAX = 127
@@ -25,11 +26,6 @@ def quantize_weight(w: np.ndarray, per_channel: bool = True) -> tuple[np.ndarray
     return q.astype(np.int8), scale
 
 
-def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
-    """Weights of linears, convolutions and the token embedding; neither gates nor positions nor the vocabulary."""
-    return name.endswith(".weight") and len(shape) > 1 and ".gate." not in name
-
-
 def quantize_dynamic(metadata: dict, tensors: Mapping[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
     """A float model -> its metadata and tensors as `w8a8-dynamic`, a scale per channel.
 
@@ -37,9 +33,9 @@ def quantize_dynamic(metadata: dict, tensors: Mapping[str, np.ndarray]) -> tuple
     """
     if metadata.get("quantization"):
         raise UsageError(f"model: expected a float model, got one quantized as {metadata['quantization']['scheme']}")
-    out = {}
+    out, layers = {}, set(checkpoint.quantizable(metadata["dims"]))
     for name, array in tensors.items():
-        if is_quantizable(name, array.shape):
+        if name.removesuffix(".weight") in layers and name.endswith(".weight"):
             out[name], out[name.removesuffix("weight") + "scale"] = quantize_weight(array)
         else:
             out[name] = smallest_float(array)

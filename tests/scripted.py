@@ -21,9 +21,13 @@ def multilingual() -> Tokenizer:
 class Cache:
     """The tokens of each row, and the window that each listens to."""
 
-    def __init__(self, windows: np.ndarray, group: int, attempt: int):
-        self.windows, self.group, self.attempt = np.repeat(windows, group), group, attempt
+    def __init__(self, windows: np.ndarray, attempt: int):
+        self.windows, self.group, self.attempt = windows, 1, attempt
         self.histories = [[] for _ in self.windows]
+
+    def repeat(self, group):
+        self.windows, self.group = np.repeat(self.windows, group), group
+        self.histories = [list(history) for history in self.histories for _ in range(group)]
 
     def reorder(self, rows):
         assert len(rows) == len(self.histories)
@@ -56,11 +60,11 @@ class ScriptedModel:
         assert mel.shape[1:] == (80, 3000) and mel.dtype == np.float32
         return np.repeat(mel[:, :1, :1], 2, axis=2)
 
-    def start(self, xa, group=1):
+    def start(self, xa):
         windows = xa[:, 0, 0].astype(int)
         attempt = self.starts.count(windows[0])
         self.starts.append(windows[0])
-        return Cache(windows, group, attempt)
+        return Cache(windows, attempt)
 
     def decode(self, tokens, cache):
         assert tokens.shape[0] == len(cache.histories) and tokens.shape[1] > 0

@@ -22,7 +22,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         file = checkpoint.read(args.source)
-        checkpoint.check(file.metadata, file.tensors)
         metadata, tensors = quantize_dynamic(file.metadata, file.tensors)
         metadata["name"] = Path(args.output).stem
         metadata["provenance"] = {
