@@ -189,18 +189,20 @@ class Labeller:
         self._normalise = wer.load_normaliser()[1]
 
     def ensure(self, windows: Iterable[Window], progress: bool = False) -> None:
-        """Label those that are not yet; stopped at any time, it goes on where it was. `progress`: a bar on stderr.
+        """Label those that are not yet; stopped at any time, it goes on where it was. `progress`: bars on stderr.
 
         Raises FileError for a full disk, or when too many recordings are unreadable.
         """
-        missing = {}
-        for window in windows:
-            key = self._key(window)
-            if key and key not in missing and not self.cache.has(*key):
-                missing[key] = window
+        missing, windows = {}, list(windows)
+        with _bar("hashing sound", len(windows), progress) as bar:
+            for window in windows:
+                key = self._key(window)
+                if key and key not in missing and not self.cache.has(*key):
+                    missing[key] = window
+                bar.update()
         order = sorted(missing, key=lambda key: missing[key].samples)  # alike in length: they end together
         at_once = windows_at_once(self.teacher.dims)
-        with _bar(len(missing), progress) as bar:
+        with _bar("labels", len(missing), progress) as bar:
             for end in range(len(order) % at_once or at_once, len(order) + 1, at_once):  # the first group may be small:
                 keys = order[max(0, end - at_once) : end]  # after a kill the groups still to come are the same
                 self._label([(key, missing[key]) for key in keys])
@@ -302,8 +304,8 @@ def windows_at_once(dims) -> int:
     return max(1, min(WINDOWS_AT_ONCE, BYTES_AT_ONCE // window_bytes))
 
 
-def _bar(windows: int, shown: bool):
+def _bar(what: str, windows: int, shown: bool):
     from tqdm import tqdm
 
-    return tqdm(total=windows, desc="labels", unit=" windows", file=sys.stderr, disable=not (shown and windows),
+    return tqdm(total=windows, desc=what, unit=" windows", file=sys.stderr, disable=not (shown and windows),
                 dynamic_ncols=True)  # fmt: skip

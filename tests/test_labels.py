@@ -267,3 +267,13 @@ def test_damaged_sound_is_counted_and_left_out(teacher, sound, tmp_path):
 def test_values_out_of_range(options, said):
     with pytest.raises(UsageError, match=said):
         LabelOptions(**options)
+
+
+def test_progress_on_standard_error(teacher, sound, tmp_path, capsys):
+    mels, windows = sound
+    labeller = Labeller(teacher, LabelCache(tmp_path / "labels", HASH), mels)
+    labeller.ensure(windows)
+    assert capsys.readouterr() == ("", "")
+    Labeller(teacher, LabelCache(tmp_path / "others", HASH), mels).ensure(windows, progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "hashing sound: 100%" in err and "labels: 100%" in err and "5/5" in err
