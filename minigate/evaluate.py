@@ -18,6 +18,8 @@ import platform
 import secrets
 import sys
 import time
+import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib import metadata
@@ -26,15 +28,24 @@ from pathlib import Path
 import numpy as np
 
 from minigate import __version__, kernels, wer
+from minigate.cli import INTERRUPTED
 from minigate.errors import FileError, UsageError
 from minigate.manifest import Row, read_manifest
 from minigate.model import Model, find, load
-from minigate.options import ArgumentParser, add_decoding_arguments, decoding_options
+from minigate.options import (
+    ArgumentParser,
+    TranscribeOptions,
+    add_decoding_arguments,
+    decoding_options,
+    errors_name_flags,
+)
+from minigate.transcribe import check_options
 from minigate.wer import Errors
 
 DEFAULTS = {"language": "en", "temperature": 0.0}  # no fallback: a figure that another run gives again
 COUNTS = ("substitutions", "deletions", "insertions", "words")
 REPORT = "minigate evaluation"  # marks our JSON
+PROG = "python -m minigate.evaluate"
 
 
 # --- measuring
@@ -295,45 +306,45 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 # --- the command line
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m minigate.evaluate", description="Word error rate of a model on a manifest: "
-                            "a table to standard output, progress to standard error.")
-    parser.add_argument("model", metavar="MODEL", help="model file or name of an embedded model")
+    """The command line of `python -m minigate.evaluate`."""
+    parser = ArgumentParser(prog=PROG, description="Word error rate of a model on a manifest of recordings: a table to "
+                            "standard output, progress to standard error.")
+    parser.add_argument("model", metavar="MODEL", help="model file, or name of an embedded model")
     parser.add_argument("manifest", metavar="MANIFEST.tsv", help="tab-separated columns path and text, and if you like "
-                        "source, by which all figures are given; paths relative to the manifest")
+                        "source, by which all figures are given too; paths are relative to the manifest")
     parser.add_argument("--json", metavar="OUT", help="write everything there, each utterance included")
     parser.add_argument("--compare", metavar="OTHER.json", help="add the difference to these results of --json on the "
                         "same recordings, with a paired bootstrap")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows (default: all)")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores this process may use")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--threads", type=int, metavar="N",
+                        help="threads to compute with (default: the cores this process may use)")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no warnings (default: both)")
     add_decoding_arguments(parser, DEFAULTS)
     return parser
 
 
-def run(args) -> int:
-    """Parsed arguments -> exit code 0, or 1 when a recording could not be read."""
+def run(args: Namespace) -> int:
+    """Parsed arguments -> exit code 0, or 1 when a recording could not be read.  Raises UsageError and FileError."""
     options = decoding_options(args)
-    for name in ("limit", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name}: expected a whole number of at least 1, got {value}")
+    if args.limit is not None and args.limit < 1:
+        raise UsageError(f"--limit: expected a whole number of at least 1, got {args.limit}")
     if args.json and not os.access(Path(args.json).parent, os.W_OK | os.X_OK):
         raise FileError(f"--json: expected a file in a folder that can be written to, got {args.json}")
     rows = read_manifest(args.manifest)[: args.limit]
     other = read_report(args.compare) if args.compare else None
     if other:
         check_comparable(rows, other, args.compare)
-    path = find(args.model)
-    model = load(path, args.threads)
-
-    bar = None if args.quiet else _tqdm()
-    say = bar.write if bar else print
-
-    def failed(row: Row, error: FileError):
-        say(f"{args.manifest}, line {row.line}: {error}", file=sys.stderr)
+    with errors_name_flags():
+        path = find(args.model)
+        model = load(path, args.threads)
+        check_options(model, TranscribeOptions(**options))
+    bar = None if args.quiet or not sys.stderr.isatty() else _tqdm()
 
     def progress(utterances: Iterable) -> Iterable:
         return bar(utterances, total=len(rows), unit="file", file=sys.stderr) if bar else utterances
+
+    def failed(row: Row, error: FileError):
+        say(f"{args.manifest}, line {row.line}: {error}", bar.write if bar else print)
 
     report = evaluate(model, rows, options, progress, failed)
     report["manifest"] = str(args.manifest)
@@ -361,13 +372,24 @@ def _tqdm():
     return tqdm
 
 
+def say(message, write=print, kind: str = "error") -> None:
+    """One line on standard error."""
+    write(f"{PROG}: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Arguments (default: the command line's) -> exit code.  Wrong arguments raise SystemExit(2), as argparse does."""
     args = build_parser().parse_args(argv)
     try:
-        return run(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if args.quiet else "default", UserWarning)
+            warnings.showwarning = lambda message, *rest: say(message, kind="warning")
+            return run(args)
     except (FileError, UsageError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        say(error)
         return 1 if isinstance(error, FileError) else 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

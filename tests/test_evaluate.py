@@ -12,7 +12,10 @@ import pytest
 
 from minigate import audio, evaluate, wer
 from minigate.errors import FileError
+from minigate.manifest import read_manifest
+from minigate.official import official_vocabulary
 from minigate.result import Result
+from minigate.tokenizer import Tokenizer
 from tests import check
 
 ROWS = [  # path, seconds, text, source, what the model hears
@@ -28,7 +31,8 @@ class FakeModel:
     """Reads the recording and answers from a table."""
 
     name = "fake"
-    metadata = {"quantization": None}
+    metadata = {"quantization": None, "suppress_tokens": None}
+    tokenizer = Tokenizer(official_vocabulary(51864), 51864)
 
     def __init__(self, heard: dict[str, str]):
         self.heard = heard
@@ -117,6 +121,22 @@ def test_options_and_their_defaults(manifest, model):
     assert model.asked[-1]["beam_size"] == 3 and model.asked[-1]["without_timestamps"] is True
 
 
+def test_from_python(manifest, model):
+    told = []
+    (manifest.parent / "a.wav").unlink()
+    report = evaluate.evaluate(model, read_manifest(manifest), failed=lambda row, error: told.append(row.line))
+    assert model.asked[0] == {"language": "en", "temperature": 0.0} == report["options"] and told == [2]
+
+
+def test_interrupt(manifest, model, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeModel, "transcribe", stop)
+    assert run(manifest, "--json", manifest.parent / "out.json") == 130
+    assert not (manifest.parent / "out.json").exists()
+
+
 def test_table(manifest, model, capsys):
     assert run(manifest) == 0
     out = capsys.readouterr().out
@@ -141,7 +161,8 @@ def test_unreadable_rows_are_counted_and_the_rest_is_done(manifest, model, capsy
     captured = capsys.readouterr()
     assert "2 that cannot be read" in captured.out
     said = captured.err.splitlines()
-    assert len(said) == 2 and "list.tsv, line 2: " in said[0] and "a.wav: expected a sound file" in said[0]
+    assert len(said) == 2 and said[0].startswith("python -m minigate.evaluate: error: ")
+    assert "list.tsv, line 2: " in said[0] and "a.wav: expected a sound file" in said[0]
 
 
 def test_no_readable_row(manifest, model, capsys):
@@ -219,7 +240,7 @@ def test_bad_files_and_arguments(manifest, model, capsys):
         ((manifest, "--compare", folder / "none.json"), 1, "none.json: expected a readable file"),
         ((manifest, "--compare", folder / "text.json"), 1, "text.json: expected results of"),
         ((manifest, "--limit", 0), 2, "--limit: expected a whole number of at least 1, got 0"),
-        ((manifest, "--threads", -1), 2, "--threads: expected a whole number of at least 1, got -1"),
+        ((manifest, "--language", "de"), 2, "--language: expected en, since the model is English-only"),
         ((manifest, "--beam-size", 0), 2, "--beam-size: expected a whole number of at least 1, got 0"),
     ]:
         assert run(*arguments) == code
