@@ -226,7 +226,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
 def name_flag(error: UsageError, names: Sequence[str] | None = None) -> UsageError:
     """"gate_init: expected …" -> "--gate-init: expected …" where the first word is an option's name."""
     name, _, rest = str(error).partition(":")
-    known = Settings().values() if names is None else names
+    known = {"teacher", *Settings().values()} if names is None else names
     return UsageError(f"{_flag(name)}:{rest}") if name in known else error
 
 

@@ -1,6 +1,12 @@
 """A teacher small enough that tests can train on it, and the arguments of a run."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from minigate import checkpoint
 from tests.sounds import write_manifest
@@ -30,3 +36,16 @@ def arguments(folder: Path, output: str = "run", **options) -> list[str]:
         "max-compression-ratio": "none", "warmup": 2, "lr": 1e-3, "threads": 1, **options,
     }  # fmt: skip
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+
+
+def mpiexec(ranks: int, command: list[str]) -> subprocess.CompletedProcess:
+    """Run a command as so many processes; the test is skipped where that is not possible."""
+    pytest.importorskip("mpi4py", exc_type=ImportError)
+    path = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if not path:
+        pytest.skip("mpiexec is not installed")
+    environ = {
+        **os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    }  # fmt: skip
+    return subprocess.run([path, "-n", str(ranks), *command], env=environ, capture_output=True, text=True, timeout=120)
