@@ -88,7 +88,7 @@ def test_figures_of_a_student(dev, student, monkeypatch):
     assert len(made.transcribed) == 4 and len(made.measured) == 2
     rows = [found["wer"], found["wer_to_teacher"]]
     assert sum(row["utterances"] for row in rows if row) == 4
-    assert len(found["outliers"]["tensors"]) == 8 + 2 + 13 + 2 and found["outliers"]["kurtosis"] > 1
+    assert len(found["outliers"]["tensors"]) == 8 + 2 + 12 + 2 and found["outliers"]["kurtosis"] > 1
     assert "dev: loss " in devset.describe(found) and "mean kurtosis" in devset.describe(found)
     nothing = {**found, "wer": None, "wer_to_teacher": None, "outliers": None}
     assert devset.describe(nothing) == f"dev: loss {found['loss']:.4f}"
