@@ -10,7 +10,7 @@ from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).resolve().parent
 REQUIRED = os.environ.get("MINIGATE_REQUIRE_EXTENSION", "") not in ("", "0")
@@ -22,10 +22,11 @@ class OptionalBuild(build_ext):
     def run(self):
         try:
             super().run()
-        except (BaseError, OSError) as error:
+        except (BaseError, CCompilerError, OSError) as error:
             if REQUIRED:
                 raise
-            print(f"WARNING: minigate is installed without its C extension and will be slow: {error}", file=sys.stderr)
+            reason = str(error).partition("\n")[0][:160]
+            print(f"WARNING: minigate is installed without its C extension and will be slow: {reason}", file=sys.stderr)
             self.extensions = []
 
 

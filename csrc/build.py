@@ -27,7 +27,7 @@ ffi.set_source(
     "minigate._kernels",
     PREAMBLE,
     sources=[f"csrc/{name}" for name in SOURCES],
-    depends=[f"csrc/{name}" for name in ("api.h", "kernels.h", *SOURCES)],
+    depends=[f"csrc/{name}" for name in ("api.h", "kernels.h", "build.py")],
     include_dirs=["csrc"],
     extra_compile_args=FLAGS + shlex.split(os.environ.get("MINIGATE_CFLAGS", "")),
     extra_link_args=["-pthread"] + shlex.split(os.environ.get("MINIGATE_CFLAGS", "")),
