@@ -1,86 +1,23 @@
-"""Every kernel on every usable instruction set against NumPy: integers exactly, floats within a named tolerance; guard
-bytes and guard pages round the arrays, threads, forks, and what is rejected.
+"""Every kernel on every usable instruction set against NumPy: integers exactly, floats within a named tolerance; and
+what is rejected. What the extension may touch, threads and forks are in test_csrc.py.
 
 M rows, K inputs, N outputs, B batch, T time, H heads, d head size.
 """
 
-import ctypes
-import json
-import math
-import mmap
-import os
-import subprocess
-import sys
-import threading
-import time
-
 import numpy as np
 import pytest
+from kernelcases import ATTENTION_ERROR, GELU_ERROR, SIZES, close, exact_attention, floats, int8s, weights
 
 from minigate import kernels, reference
-from minigate import threads as thread_counts
 from minigate.errors import UsageError
 
-SIZES = (1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 384, 1536)
-GUARD = 64                  # sentinel elements on either side of an output
-GELU_ERROR = 5e-7           # absolute, over all float32
 RELATIVE = 2e-6             # of a float32 result, relative to the largest magnitude that enters it
-ATTENTION_ERROR = 3e-6      # absolute, of averages of values of order 1, with scores of order 1
-LARGE_SCORE_ERROR = 2e-4    # the same with scores of order 100, where float32 leaves 1e-5 in the exponent
-ERF_ERROR = 1e-15
-
-needs_c = pytest.mark.skipif(not kernels.compiled, reason="no C extension")
-
-
-def chosen(name):
-    """Chooses an instruction set; the one in use and the threads are restored afterwards."""
-    before, n_threads = kernels.isa(), kernels.threads()
-    if not kernels.isas()[name]:
-        pytest.skip(f"cpu lacks {name}")
-    yield kernels.use_isa(name)
-    kernels.use_isa(before)
-    kernels.set_threads(n_threads)
-
-
-@pytest.fixture(params=kernels.isas())
-def isa(request):
-    """Each instruction set in turn, NumPy's too."""
-    yield from chosen(request.param)
-
-
-@pytest.fixture(params=[name for name in kernels.isas() if name != "numpy"])
-def compiled_isa(request):
-    """Each of those whose threads and memory are ours."""
-    yield from chosen(request.param)
+LARGE_SCORE_ERROR = 2e-4    # of attention with scores of order 100, where float32 leaves 1e-5 in the exponent
 
 
 @pytest.fixture
 def rng():
     return np.random.default_rng(7)
-
-
-def floats(rng, *shape):
-    return rng.standard_normal(shape).astype(np.float32)
-
-
-def int8s(rng, fill, *shape):
-    """"random", "low", "high" or "zero row" int8 of which the lowest is -128, as for activations."""
-    q = rng.integers(-128, 128, shape).astype(np.int8)
-    if fill in ("low", "high"):
-        q[:] = {"low": -128, "high": 127}[fill]
-    elif fill == "zero row":
-        q[len(q) // 2] = 0
-    return q
-
-
-def weights(rng, fill, *shape):
-    return np.maximum(int8s(rng, fill, *shape), -127)
-
-
-def close(got, wanted, bound):
-    assert got.dtype == np.float32 and got.shape == wanted.shape
-    error = np.abs(got - wanted).max(initial=0)
-    assert error <= bound, f"error {error} above {bound}"
 
 
 # ---- integers ----
@@ -198,25 +135,6 @@ def test_linear_f32(isa, bias, gelu, residual, rng):
         close(got, y if r is None else y + r, GELU_ERROR + RELATIVE * 20)
 
 
-def exact_attention(q, k, v, n_head, causal, gate):
-    """The formula, score by score, in float64."""
-    n_batch, t_q, n_state = q.shape
-    t_k, d = k.shape[1], n_state // n_head
-    out = np.zeros((n_batch, t_q, n_head, d))
-    for b in range(n_batch):
-        shared = b // (n_batch // len(k))
-        for h in range(n_head):
-            head = slice(h * d, h * d + d)
-            scores = q[b, :, head].astype(float) @ k[shared, :, head].T.astype(float) / math.sqrt(d)
-            if causal:
-                scores[np.arange(t_k) > np.arange(t_q)[:, None] + t_k - t_q] = -np.inf
-            p = np.exp(scores - scores.max(axis=1, keepdims=True))
-            out[b, :, h] = p / p.sum(axis=1, keepdims=True) @ v[shared, :, head].astype(float)
-    if gate is not None:
-        out *= gate.reshape(n_batch, t_q, n_head, -1)
-    return out.reshape(q.shape)
-
-
 def check_attention(rng, n_batch, k_batch, t_q, t_k, n_head, d, causal=False, gate=None, size=1, bound=ATTENTION_ERROR):
     q, k, v = (floats(rng, b, t, n_head * d) for b, t in ((n_batch, t_q), (k_batch, t_k), (k_batch, t_k)))
     q *= size
@@ -274,259 +192,6 @@ def test_read_only_mapped_arrays_are_taken(isa, rng, tmp_path):
     assert np.array_equal(kernels.pack_int8(np.maximum(q, -127)).plain(), np.maximum(q, -127))
 
 
-# ---- what is written, what is read ----
-
-def pointer(array):
-    kind = {"float32": "float *", "int32": "int32_t *", "int8": "int8_t *"}[array.dtype.name]
-    return kernels.ffi.cast(kind, array.ctypes.data)
-
-
-def at_page_end(array, keep):
-    """A copy of an array whose last byte is the last before a page that must not be touched."""
-    page = mmap.PAGESIZE
-    size = -(-max(array.nbytes, 1) // page) * page
-    room = mmap.mmap(-1, size + page)
-    keep.append(room)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0) == 0
-    copy = np.frombuffer(room, array.dtype, array.size, size - array.nbytes).reshape(array.shape)
-    copy[:] = array
-    return copy
-
-
-def guarded(shape, dtype):
-    room = np.full(math.prod(shape) + 2 * GUARD, 93, dtype)
-    return room, room[GUARD:-GUARD].reshape(shape)
-
-
-def unharmed(room):
-    return (room[:GUARD] == 93).all() and (room[-GUARD:] == 93).all()
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 63, 31), (7, 65, 65), (2, 1, 127), (13, 130, 18)])
-def test_products_keep_to_their_arrays(compiled_isa, shape, rng):
-    (m, n, k), lib, keep = shape, kernels.lib, []
-    a, w = (at_page_end(int8s(rng, "random", rows, k), keep) for rows in (m, n))
-    w = kernels.pack_int8(np.maximum(w, -127))
-    packed = at_page_end(np.asarray(w._packed), keep)
-    a_scale, w_scale, bias, residual = (at_page_end(floats(rng, *s), keep) for s in ((m,), (n,), (n,), (m, n)))
-    acc_room, acc = guarded((m, n), np.int32)
-    out_room, out = guarded((m, n), np.float32)
-    assert packed.ctypes.data % kernels.ALIGNMENT == 0
-    assert lib.mg_matmul_int8(pointer(acc), pointer(a), pointer(packed), m, n, k) == lib.MG_OK
-    assert lib.mg_linear_int8(pointer(out), pointer(a), pointer(a_scale), pointer(packed), pointer(w_scale),
-                              pointer(bias), pointer(residual), True, m, n, k) == lib.MG_OK
-    assert unharmed(acc_room) and unharmed(out_room)
-    assert np.array_equal(acc, reference.matmul_int8(a, w.plain()))
-
-
-@pytest.mark.parametrize("n", SIZES)
-def test_row_kernels_keep_to_their_arrays(compiled_isa, n, rng):
-    lib, keep = kernels.lib, []
-    x, residual = (at_page_end(floats(rng, 3, n), keep) for _ in range(2))
-    weight, bias = (at_page_end(floats(rng, n), keep) for _ in range(2))
-    q_room, q = guarded((3, n), np.int8)
-    scale_room, scale = guarded((3,), np.float32)
-    y_room, y = guarded((3, n), np.float32)
-    assert lib.mg_quantize_rows(pointer(q), pointer(scale), pointer(x), 3, n) == lib.MG_OK
-    assert lib.mg_layer_norm(pointer(y), pointer(x), pointer(weight), pointer(bias), 1e-5, 3, n) == lib.MG_OK
-    assert lib.mg_finish(pointer(y), pointer(x), pointer(bias), pointer(residual), True, 3, n) == lib.MG_OK
-    assert unharmed(q_room) and unharmed(scale_room) and unharmed(y_room)
-    close(y, reference.finish(x.astype(float), bias, True, residual), 3e-6)
-    assert lib.mg_finish(pointer(y), pointer(y), pointer(bias), pointer(y), False, 3, n) == lib.MG_OK   # in place
-    assert unharmed(y_room)
-
-
-@pytest.mark.parametrize("t_q", [1, 9, 50])
-@pytest.mark.parametrize("d", [1, 15, 17, 64])
-def test_attention_keeps_to_its_arrays(compiled_isa, t_q, d, rng):
-    t_k, n_head, lib, keep = 67, 3, kernels.lib, []
-    q, gate = (at_page_end(floats(rng, t_q, n_head * d), keep) for _ in range(2))
-    k, v = (at_page_end(floats(rng, t_k, n_head * d), keep) for _ in range(2))
-    room, out = guarded((t_q, n_head * d), np.float32)
-    row = n_head * d
-    status = lib.mg_attention(pointer(out), pointer(q), pointer(k), pointer(v), pointer(gate), 0, row, 0, row, 0, row,
-                              d, False, 1, 1, n_head, t_q, t_k, d)
-    assert status == lib.MG_OK and unharmed(room)
-    close(out, exact_attention(q[None], k[None], v[None], n_head, False, gate[None])[0], 2 * ATTENTION_ERROR)
-
-
-# ---- threads and processes ----
-
-def all_kernels(rng):
-    """Results of all kernels on one input each, large enough for several tasks."""
-    a, w = int8s(rng, "random", 200, 100), weights(rng, "random", 300, 100)
-    x, y = floats(rng, 200, 384), floats(rng, 1, 400, 384)
-    q, scale = kernels.quantize_rows(x)
-    return [kernels.matmul_int8(a, kernels.pack_int8(w)), kernels.matmul_int8(a[:1], kernels.pack_int8(w)), q, scale,
-            kernels.layer_norm(x, x[0], x[1]), kernels.gelu(x), kernels.attention(y, y, y, 6),
-            kernels.attention(y[:, :1], y, y, 6)]
-
-
-def same(results, wanted):
-    return all(np.array_equal(a, b) for a, b in zip(results, wanted, strict=True))
-
-
-def test_results_do_not_depend_on_the_number_of_threads(compiled_isa):
-    kernels.set_threads(1)
-    wanted = all_kernels(np.random.default_rng(1))
-    for n in (2, 3, 5, 2, 1):
-        assert kernels.set_threads(n) == kernels.threads() == n
-        assert same(all_kernels(np.random.default_rng(1)), wanted)
-
-
-def test_two_python_threads_at_once(compiled_isa):
-    kernels.set_threads(3)
-    wanted = [all_kernels(np.random.default_rng(seed)) for seed in (1, 2)]
-    wrong = []
-
-    def repeat(seed):
-        for _ in range(8):
-            if not same(all_kernels(np.random.default_rng(seed)), wanted[seed - 1]):
-                wrong.append(seed)
-
-    callers = [threading.Thread(target=repeat, args=(seed,)) for seed in (1, 2)]
-    for caller in callers:
-        caller.start()
-    for n in (2, 4, 3):
-        kernels.set_threads(n)
-        time.sleep(0.01)
-    for caller in callers:
-        caller.join(60)
-    assert not wrong and not any(caller.is_alive() for caller in callers)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_forked_child_makes_its_own_pool(compiled_isa):
-    kernels.set_threads(3)
-    wanted = all_kernels(np.random.default_rng(1))
-    child = os.fork()
-    if child == 0:
-        try:
-            ok = same(all_kernels(np.random.default_rng(1)), wanted)
-            kernels.set_threads(2)
-            os._exit(0 if ok and same(all_kernels(np.random.default_rng(1)), wanted) else 1)
-        except BaseException:
-            os._exit(2)
-    end = time.monotonic() + 30
-    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
-        time.sleep(0.01)
-    if done == (0, 0):
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    assert done == (child, 0), "the child hangs, or computes something else"
-    assert same(all_kernels(np.random.default_rng(1)), wanted)
-
-
-def test_the_pool_uses_other_threads(compiled_isa, rng):
-    if not os.path.isdir("/proc/self/task"):
-        pytest.skip("no /proc to count threads in")
-    kernels.set_threads(1)
-    before = len(os.listdir("/proc/self/task"))
-    kernels.set_threads(4)
-    kernels.attention(*[floats(rng, 1, 300, 128)] * 3, 2)
-    assert len(os.listdir("/proc/self/task")) == before + 3
-    kernels.set_threads(1)
-    assert len(os.listdir("/proc/self/task")) == before
-
-
-def test_set_threads_holds_blas_too():
-    before = kernels.threads()
-    functions = thread_counts.blas_functions()
-    if functions is None:
-        pytest.skip("NumPy's BLAS is no OpenBLAS")
-    try:
-        for n in (1, 2):
-            kernels.set_threads(n)
-            assert functions[1]() == min(n, os.cpu_count())
-    finally:
-        kernels.set_threads(before)
-
-
-def test_default_threads_are_the_cores_of_this_process():
-    before = kernels.threads()
-    try:
-        assert 1 <= kernels.set_threads() <= os.cpu_count()
-        if hasattr(os, "sched_getaffinity"):
-            assert kernels.threads() <= len(os.sched_getaffinity(0))
-    finally:
-        kernels.set_threads(before)
-
-
-# ---- instruction sets ----
-
-def run(code, **environment):
-    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True,
-                          text=True, timeout=60, check=False)
-
-
-def test_unknown_instruction_set_is_an_error():
-    with pytest.raises(UsageError, match=f"MINIGATE_ISA: expected one of {', '.join(kernels.usable_isas())}, got mmx"):
-        kernels.use_isa("mmx")
-    assert kernels.isa() in kernels.usable_isas()
-
-
-@pytest.mark.parametrize("name", kernels.isas())
-def test_environment_forces_an_instruction_set_or_fails(name):
-    code = "from minigate import kernels\ntry:\n print(kernels.isa())\nexcept ValueError as e:\n print(e)"
-    printed = run(code, MINIGATE_ISA=name).stdout.strip()
-    usable = kernels.usable_isas()
-    assert printed == (name if name in usable else f"MINIGATE_ISA: expected one of {', '.join(usable)}, got {name}")
-
-
-def test_environment_with_an_unknown_instruction_set_fails_at_the_first_kernel():
-    code = "import numpy as np; from minigate import kernels; print('imported'); kernels.gelu(np.ones(3, 'f'))"
-    result = run(code, MINIGATE_ISA="mmx")
-    assert result.stdout == "imported\n" and result.returncode == 1
-    assert "UsageError: MINIGATE_ISA: expected one of" in result.stderr
-
-
-def test_without_the_extension_numpy_runs_and_one_line_says_so():
-    code = """if True:
-        import json, sys
-        sys.modules["minigate._kernels"] = None
-        import numpy as np
-        from minigate import kernels
-        x = np.arange(6, dtype=np.float32).reshape(2, 3)
-        q, scale = kernels.quantize_rows(x)
-        y = kernels.linear_int8(q, scale, kernels.pack_int8(q), scale, gelu=True)
-        y = kernels.layer_norm(y, y[0], y[1])
-        print(json.dumps([kernels.compiled, kernels.usable_isas(), kernels.set_threads(2), y.tolist()]))"""
-    environment = {key: value for key, value in os.environ.items() if key != "MINIGATE_ISA"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60,
-                            check=True)
-    compiled, usable, n_threads, y = json.loads(result.stdout)
-    assert (compiled, usable, n_threads) == (False, ["numpy"], 2) and np.isfinite(y).all()
-    assert len(result.stderr.splitlines()) == 1 and "no C extension" in result.stderr
-
-
-# ---- NumPy reference ----
-
-def test_float64_stays_float64(rng):
-    x, w = rng.standard_normal((2, 3, 8)), rng.standard_normal((5, 8))
-    results = [kernels.linear_f32(x, w, w[:, 0], True), kernels.gelu(x), kernels.layer_norm(x, w[0], w[1]),
-               kernels.attention(x, x, x, 2, True, x)]
-    assert all(y.dtype == np.float64 for y in results)
-    assert np.abs(results[3] - exact_attention(x, x, x, 2, True, x)).max() < 1e-14
-    assert np.abs(results[0] - reference.gelu(x @ w.T + w[:, 0])).max() < 1e-14
-
-
-def test_erf():
-    x = np.concatenate([np.linspace(-7, 7, 20001), [0.46875, -0.46875, 4, -4, 0, 1e-300, 30, -30]])
-    wanted = np.array([math.erf(value) for value in x])
-    assert np.abs(reference.erf(x) - wanted).max() <= ERF_ERROR
-    assert reference.erf(x.astype(np.float32)).dtype == np.float32
-    assert reference.erf(x.reshape(-1, 1)).shape == (x.size, 1)
-
-
-def test_reference_attention_takes_queries_in_blocks(rng, monkeypatch):
-    x = floats(rng, 2, 30, 8)
-    monkeypatch.setattr(reference, "QUERIES", 7)
-    close(reference.attention(x, x, x, 2, True), exact_attention(x, x, x, 2, True, None), ATTENTION_ERROR)
-
-
 # ---- what is rejected ----
 
 X = np.ones((2, 3, 8), np.float32)
@@ -572,16 +237,3 @@ def test_bad_arguments_are_named(case):
     call, error, message = BAD[case]
     with pytest.raises(error, match=message):
         call()
-
-
-@needs_c
-def test_the_extension_rejects_what_python_would_have_caught():
-    lib, x = kernels.lib, pointer(np.ones(64, np.float32))
-    q = pointer(np.full((1, 8), -128, np.int8))
-    packed = np.zeros(lib.mg_packed_bytes(1, 8), np.int8)
-    assert lib.mg_pack_int8(pointer(packed), q, 1, 8) == lib.MG_BAD_VALUE
-    assert lib.mg_set_threads(0) == lib.MG_BAD_VALUE
-    assert lib.mg_use_isa(b"mmx") == lib.MG_BAD_ISA
-    sizes = dict(gate_width=1, causal=0, n_batch=2, group=1, n_head=1, t_q=2, t_k=2, d=2)
-    for change in ({"t_k": 0}, {"group": 0}, {"n_batch": 3, "group": 2}, {"t_q": 3, "causal": 1}, {"gate_width": 3}):
-        assert lib.mg_attention(x, x, x, x, x, *[0] * 6, *{**sizes, **change}.values()) == lib.MG_BAD_VALUE
