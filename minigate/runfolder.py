@@ -6,6 +6,7 @@
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,6 +20,13 @@ from minigate.errors import FileError, UsageError
 
 FORMAT = "minigate training"
 FORMAT_VERSION = 1
+
+
+def finite(value):
+    """value with None for the numbers that JSON has not, in dicts too."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -98,8 +106,8 @@ class RunFolder:
             raise FileError(f"{self.log_file}: cannot be written: {error.strerror or error}") from None
 
     def log(self, line: dict) -> None:
-        """Add a line. FileError for a full disk."""
-        text = json.dumps(line, allow_nan=False)
+        """Add a line; a number that is not finite becomes null. FileError for a full disk."""
+        text = json.dumps(finite(line), allow_nan=False)
         self._write_log(lambda: (self._log.write(text + "\n"), self._log.flush()))
 
     def close(self) -> None:

@@ -57,8 +57,8 @@ def run(args: Namespace, settings: Settings, processes: Alone) -> int:
     """Parsed arguments -> exit code. Raises UsageError and FileError."""
     kernels.set_threads(args.threads or parallel.fair_threads(processes))
     folder, path = RunFolder(args.output), find(args.teacher)
-    teacher_file = checkpoint.read(path)
-    student = untrained(teacher_file, settings)
+    teacher = checkpoint.read(path)
+    metadata, tensors = untrained(teacher, settings)
     if processes.rank == 0:
         folder.prepare(args.resume)
     processes.wait()
@@ -66,26 +66,20 @@ def run(args: Namespace, settings: Settings, processes: Alone) -> int:
     if kept:
         check_same(kept.facts, settings, str(folder.checkpoint))
     if not settings.train.steps:
-        return write_students(folder, settings, student[0], {folder.student: student[1]}, processes)
-    teacher = Model(teacher_file.metadata, teacher_file.tensors, name=path.stem)
-    trainer = make_trainer(args, settings, teacher, sha256_file(path), student, folder, processes)
+        return write_students(folder, settings, metadata, {folder.student: tensors}, processes)
+    trainer = make_trainer(args, settings, teacher, (metadata, tensors), folder, processes)
     if kept:
         trainer.restore(kept)
-    trainer.label()
-    try:
-        if processes.rank == 0:
-            folder.open_log(trainer.step)
-        code = trainer.run()
-    finally:
-        folder.close()
-    if code and processes.rank:
-        return code
+    del tensors, kept  # the trainer has its own
+    code = train(trainer)
+    if code and processes.rank == 0:
+        _complain(f"interrupted after step {trainer.step}, saved; --resume continues", code)
     if code:
-        return _complain(f"interrupted after step {trainer.step}, saved; --resume continues", code)
+        return code
     results = {folder.student: trainer.student()}
     if settings.optim.ema_decay:
         results[folder.student_ema] = trainer.student(average=True)
-    return write_students(folder, settings, student[0], results, processes, command_line(args, settings))
+    return write_students(folder, settings, metadata, results, processes, command_line(args, settings))
 
 
 def untrained(teacher: checkpoint.ModelFile, settings: Settings) -> tuple[dict, dict]:
@@ -96,10 +90,11 @@ def untrained(teacher: checkpoint.ModelFile, settings: Settings) -> tuple[dict, 
                         t.seed, context)  # fmt: skip
 
 
-def make_trainer(args: Namespace, settings: Settings, teacher: Model, teacher_hash: str, student: tuple[dict, dict],
+def make_trainer(args: Namespace, settings: Settings, teacher_file: checkpoint.ModelFile, student: tuple[dict, dict],
                  folder: RunFolder, processes: Alone) -> Trainer:  # fmt: skip
     """Manifests, caches and options -> a trainer at step 0."""
-    t = settings.train
+    t, teacher_hash = settings.train, sha256_file(teacher_file.path)
+    teacher = Model(teacher_file.metadata, teacher_file.tensors, name=teacher_file.path.stem)
     cache = LabelCache(args.label_cache or args.output / "labels", teacher_hash, settings.label.language)
     quiet = processes.rank != 0
 
@@ -115,6 +110,17 @@ def make_trainer(args: Namespace, settings: Settings, teacher: Model, teacher_ha
     order = Order(windows, t.audio_context, t.batch_seconds, t.seed)
     identity = {"teacher_sha256": teacher_hash}
     return Trainer(settings, *student, batches, order, dev, folder, processes, identity, args.quiet)
+
+
+def train(trainer: Trainer) -> int:
+    """Labels, log and loop -> the loop's exit code."""
+    trainer.label()
+    try:
+        if trainer.main:
+            trainer.folder.open_log(trainer.step)
+        return trainer.run()
+    finally:
+        trainer.folder.close()
 
 
 def write_students(folder: RunFolder, settings: Settings, metadata: dict, results: dict, processes: Alone,

@@ -164,8 +164,6 @@ class Trainer:
             self.optimizer.step(self.ops.grads, optim.lr * factor, optim.gate_lr * factor, scale)
         else:
             self.skipped += 1
-            line = {name: None if value != value or value in (math.inf, -math.inf) else value
-                    for name, value in line.items()}  # fmt: skip
             line["skipped"] = self.skipped
         line["elapsed_s"] = round(time.perf_counter() - start, 4)
         return line
@@ -223,7 +221,7 @@ class Bar:
         if self._bar is None:
             return
         parts = [f"{name} {line[name]:.4g}" for name in ("loss", "kl", "ce", "hidden", "outlier", "norm", "lr")
-                 if line[name] or name == "loss" and line[name] is not None]  # fmt: skip
+                 if line[name] or name == "loss"]  # fmt: skip
         parts.append(f"{line['seconds'] / line['elapsed_s']:.1f} s/s")
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update()

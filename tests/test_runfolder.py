@@ -98,6 +98,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(folder, monkeypatch):
     assert [file.name for file in folder.path.iterdir()] == ["checkpoint.safetensors"]
 
 
+def test_numbers_that_json_has_not_are_null(folder):
+    folder.open_log(0)
+    folder.log({"step": 1, "loss": float("nan"), "dev": {"loss": float("inf"), "kl": 0.5, "wer": None}})
+    (line,) = folder.log_file.read_text().splitlines()
+    assert json.loads(line) == {"step": 1, "loss": None, "dev": {"loss": None, "kl": 0.5, "wer": None}}
+
+
 def test_a_log_that_cannot_be_written(folder):
     folder.open_log(0)
     folder._log.close()
