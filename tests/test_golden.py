@@ -122,9 +122,13 @@ def test_one_window(name, case):
         assert found.text == golden["text"]
 
 
-@pytest.mark.parametrize("case", ["sample", "prompted"])
-def test_whole_recording(case):
-    hold(*recording_bars(case, sample()))
+def test_whole_recording():
+    hold(*recording_bars("sample", sample()))
+
+
+@pytest.mark.slow
+def test_whole_recording_with_a_prompt():
+    hold(*recording_bars("prompted", sample()))
 
 
 @pytest.mark.slow
