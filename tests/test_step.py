@@ -105,10 +105,18 @@ def test_losses_alone_leave_nothing_behind():
 
 
 def test_teachers_logits_come_in_pieces(monkeypatch):
-    student, (batch, xa, _) = distillation(), training.batch()
-    whole = student.losses(batch, xa).array()
+    whole, pieces, (batch, xa, _) = distillation(), distillation(), training.batch()
+    expected = whole.forward_backward(batch, xa).array()
     monkeypatch.setattr(step, "ROWS", 4)
-    np.testing.assert_allclose(student.losses(batch, xa).array(), whole, rtol=1e-12)
+    np.testing.assert_allclose(pieces.forward_backward(batch, xa).array(), expected, rtol=1e-12)
+    for name, gradient in whole.ops.grads.items():
+        np.testing.assert_allclose(pieces.ops.grads[name], gradient, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_the_teacher_hears_longer_windows_than_the_student():
+    student, (batch, xa, _) = distillation(), training.batch()
+    longer = np.concatenate([xa, xa[:, ::-1]], 1)
+    assert student.losses(batch, longer) == student.losses(batch, xa)
 
 
 def test_without_kl_the_teacher_is_not_asked():
