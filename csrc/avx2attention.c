@@ -40,7 +40,7 @@ struct state {
 
 size_t mg_avx2_attend_floats(size_t d) { return (2 * d + MG_KEYS) * LANES * VECTORS; }
 
-/* Scores of TILE keys, those beyond the last being copies of it; -inf where a query does not see a key. */
+/* Scores of TILE keys, those beyond the last being copies of it; MG_LOWEST where a query does not see a key. */
 MG_INLINE TARGET void score_tile(const struct state *s, const struct mg_attention_block *b, size_t key, size_t last,
                                  float *p, int hidden, const size_t vectors)
 {
@@ -72,7 +72,7 @@ MG_INLINE TARGET void score_tile(const struct state *s, const struct mg_attentio
         for (size_t v = 0; v < vectors; v++) {
             if (hidden) {
                 __m256i see = _mm256_cmpgt_epi32(s->seen[v], _mm256_set1_epi32((int)(key + r)));
-                c[r][v] = _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), c[r][v], _mm256_castsi256_ps(see));
+                c[r][v] = _mm256_blendv_ps(_mm256_set1_ps(MG_LOWEST), c[r][v], _mm256_castsi256_ps(see));
             }
             _mm256_storeu_ps(p + (r * vectors + v) * LANES, c[r][v]);
         }

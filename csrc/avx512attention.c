@@ -14,11 +14,10 @@
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
 enum { LANES = 16, VECTORS = 3, TILE = 8, SOME_KEYS = 32 };
 
-/* 2^x for x <= 0 */
+/* 2^x for x <= 0, however small */
 MG_INLINE TARGET __m512 exp2_of(__m512 x)
 {
     static const float c[] = {MG_EXP2_COEFFICIENTS};
-    x = _mm512_max_ps(x, _mm512_set1_ps(-160.0f));
     __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(x, n), p = _mm512_set1_ps(c[5]);
     MG_UNROLL
@@ -38,7 +37,7 @@ struct state {
 
 size_t mg_avx512_attend_floats(size_t d) { return (2 * d + MG_KEYS) * LANES * VECTORS; }
 
-/* Scores of TILE keys, those beyond the last being copies of it; -inf where a query does not see a key. */
+/* Scores of TILE keys, those beyond the last being copies of it; MG_LOWEST where a query does not see a key. */
 MG_INLINE TARGET void score_tile(const struct state *s, const struct mg_attention_block *b, size_t key, size_t last,
                                  float *p, int hidden, const size_t vectors)
 {
@@ -70,7 +69,7 @@ MG_INLINE TARGET void score_tile(const struct state *s, const struct mg_attentio
         for (size_t v = 0; v < vectors; v++) {
             if (hidden) {
                 __mmask16 see = _mm512_cmpgt_epi32_mask(s->seen[v], _mm512_set1_epi32((int)(key + r)));
-                c[r][v] = _mm512_mask_blend_ps(see, _mm512_set1_ps(-INFINITY), c[r][v]);
+                c[r][v] = _mm512_mask_blend_ps(see, _mm512_set1_ps(MG_LOWEST), c[r][v]);
             }
             _mm512_storeu_ps(p + (r * vectors + v) * LANES, c[r][v]);
         }
@@ -253,7 +252,7 @@ TARGET static float score_some(float *p, const float *q, const float *key, size_
             }
         }
         __m512 score = _mm512_mul_ps(sums_of(c), _mm512_set1_ps(unit));
-        top = _mm512_mask_max_ps(top, mask_of(n - j), top, score);
+        top = _mm512_max_ps(top, score);
         _mm512_storeu_ps(p + j, score);
     }
     return _mm512_reduce_max_ps(top);

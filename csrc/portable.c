@@ -143,7 +143,7 @@ static inline float exp2_of(float x)
 
 static size_t attend_floats(size_t d) { return (2 * d + MG_KEYS) * LANES; }
 
-/* Scores of keys k0 .. k0+n-1 as base-2 logarithms: p[j][lane], -inf where the query does not see the key. */
+/* Scores of keys k0 .. k0+n-1 as base-2 logarithms: p[j][lane], MG_LOWEST where the query does not see the key. */
 static void score_keys(float *p, const vec *q, const struct mg_attention_block *b, size_t k0, size_t n)
 {
     for (size_t j = 0; j < n; j++) {
@@ -157,7 +157,7 @@ static void score_keys(float *p, const vec *q, const struct mg_attention_block *
         memcpy(p + j * LANES, c, sizeof c);
         for (size_t l = 0; l < b->n_query; l++)
             if (k0 + j >= b->seen[l])
-                p[j * LANES + l] = -INFINITY;
+                p[j * LANES + l] = MG_LOWEST;
     }
 }
 

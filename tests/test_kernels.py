@@ -158,7 +158,8 @@ def test_attention_head_sizes(isa, d, rng):
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_gates_masks_and_shared_keys(isa, gate, causal, rng):
     for n_batch, k_batch, t_q, t_k in [(1, 1, 1, 1), (1, 1, 70, 70), (2, 2, 40, 200), (6, 2, 1, 150), (4, 1, 3, 90),
-                                       (6, 3, 20, 33), (5, 5, 5, 5), (1, 1, 2, 260)]:
+                                       (6, 3, 20, 33), (5, 5, 5, 5), (1, 1, 2, 260), (1, 1, 5, 34),
+                                       (1, 1, 4, 131)]:
         check_attention(rng, n_batch, k_batch, t_q, t_k, 2, 24, causal, gate)
 
 
