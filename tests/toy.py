@@ -95,7 +95,8 @@ class Plain:
         return self.linear(f"{name}.out", self.gated(name, h, out, heads))
 
     def gated(self, name, h, out, heads):
-        kind, p = self.gate["kind"], {n.split(".gate.")[1]: t for n, t in self.p.items() if n.startswith(f"{name}.gate.")}
+        kind, start = self.gate["kind"], f"{name}.gate."
+        p = {n.removeprefix(start): t for n, t in self.p.items() if n.startswith(start)}
         if kind == "none":
             return out
         own = h.reshape(*h.shape[:2], heads, -1)
@@ -119,7 +120,8 @@ class Plain:
     def conv(self, name, x, stride):
         """x (B, C, T) -> GELU(conv1d(x)) (B, N, ceil(T / stride))."""
         windows = sliding_window_view(np.pad(x, ((0, 0), (0, 0), (1, 1))), 3, axis=2)[:, :, ::stride]
-        return self.gelu(np.einsum("bctw,ncw->bnt", windows, self.p[f"{name}.weight"]) + self.p[f"{name}.bias"][:, None])
+        weight, bias = self.p[f"{name}.weight"], self.p[f"{name}.bias"][:, None]
+        return self.gelu(np.einsum("bctw,ncw->bnt", windows, weight) + bias)
 
     @staticmethod
     def gelu(x):
