@@ -24,16 +24,16 @@ def make_teacher(path: Path, seed: int = 0, **dims) -> Path:
 
 
 def arguments(folder: Path, output: str = "run", **options) -> list[str]:
-    """Of a run in `folder`, whose teacher, recordings and labels its runs share."""
+    """Of a run in `folder`, whose teacher, recordings and labels its runs share. None: not given."""
     if not (folder / "teacher.safetensors").exists():
         make_teacher(folder / "teacher.safetensors")
         write_manifest(folder / "train", SECONDS)
         write_manifest(folder / "dev", SECONDS[:3], texts=["a word", "", "and another"])
     options = {
         "teacher": folder / "teacher.safetensors", "train": folder / "train" / "list.tsv",
-        "dev": folder / "dev" / "list.tsv", "output": folder / output, "label-cache": folder / "labels",
-        "mel-cache": folder / "mels", "steps": 6, "gate": "per_head", "audio-context": "variable", "batch-seconds": 6,
-        "max-compression-ratio": "none", "warmup": 2, "lr": 1e-3, "threads": 1, **options,
+        "dev": folder / "dev" / "list.tsv", "output": folder / output, "label_cache": folder / "labels",
+        "mel_cache": folder / "mels", "steps": 6, "gate": "per_head", "audio_context": "variable", "batch_seconds": 6,
+        "max_compression_ratio": "none", "warmup": 2, "lr": 1e-3, "threads": 1, **options,
     }  # fmt: skip
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
 

@@ -173,7 +173,7 @@ def test_a_folder_that_holds_a_run(finished, capsys):
     ({"gate": "none"}, 2, "--gate: expected per_head like the run in"),
     ({"seed": 1}, 2, "--seed: expected 0 like the run in"),
     ({"steps": 0}, 2, "--steps: expected 1 at least"),
-    ({"teacher": "other/teacher.safetensors", "label_cache": None}, 1, "teacher_sha256: expected"),
+    ({"teacher": "other/teacher.safetensors", "label_cache": None}, 1, "checkpoint.safetensors: teacher_sha256: exp"),
     ({"train": "dev/list.tsv"}, 1, "training data: expected the windows"),
 ])  # fmt: skip
 def test_a_run_is_not_resumed_as_another(finished, capsys, options, code, message):

@@ -99,6 +99,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(folder, whole, monkeypatch, caps
         assert run(folder, output, **RICH) == code
     assert "interrupted after step 4, saved; --resume continues" in capsys.readouterr().err
     assert not (folder / output / "student.safetensors").exists() and len(lines(folder, output)) == 4
+    assert trainer.RunFolder(folder / output).load().facts["step"] == 4
     assert run(folder, output, "--resume", **RICH) == 0
     assert (folder / output / "student.safetensors").read_bytes() == whole
     assert (folder / output / "student-ema.safetensors").read_bytes() == (
@@ -117,6 +118,15 @@ def test_an_interrupt_during_the_figures_is_obeyed(folder, whole, monkeypatch):
     assert "dev" not in lines(folder, "looking")[4]
     assert run(folder, "looking", "--resume", **RICH) == 0
     assert (folder / "looking" / "student.safetensors").read_bytes() == whole
+
+
+def test_signals_mean_afterwards_what_they_did_before():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Stop() as stop:
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.signal == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_second_interrupt_ends_at_once():
@@ -227,6 +237,7 @@ def test_too_many_of_them_end_the_run(folder, monkeypatch, capsys):
     monkeypatch.undo()
     assert run(folder, "broken", "--resume", steps=6, max_skipped=3, checkpoint_every=1) == 0
     assert len(lines(folder, "broken")) == 6
+    assert trainer.RunFolder(folder / "broken").load().facts["skipped"] == 1
 
 
 def test_no_usable_label_is_an_error(folder, capsys, monkeypatch):
@@ -253,6 +264,16 @@ def test_gates_and_weights_have_rates_of_their_own(folder):
     before, after = dict(checkpoint.read(folder / "teacher.safetensors").tensors), tensors(folder, "rates")
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert all(after[name].any() for name in after if name.endswith("gate.weight"))
+
+
+def test_accumulated_batches_are_one_step(folder):
+    still = dict(lr=0, gate_lr=0)
+    assert run(folder, "single", steps=2, **still) == 0
+    assert run(folder, "double", steps=1, accumulate=2, **still) == 0
+    single, (double,) = lines(folder, "single"), lines(folder, "double")
+    assert double["seconds"] == pytest.approx(single[0]["seconds"] + single[1]["seconds"])
+    low, high = sorted(row["ce"] for row in single)
+    assert low < double["ce"] < high
 
 
 def test_bf16_is_near_float32(folder):
