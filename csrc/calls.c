@@ -8,6 +8,7 @@
 enum {
     TILE_ROWS = 48,             /* rows of an integer product that share a pass over a panel */
     TILE_BYTES = 96 * 1024,     /* of weights in a tile: what is fetched between two looks at the task counter */
+    FEW_PRODUCTS = 256 * 1024,  /* a few microseconds: not worth another thread */
     ROW_FLOATS = 16 * 1024      /* of a task of the elementwise kernels */
 };
 
@@ -69,6 +70,15 @@ static void product_tile(void *context, size_t i, size_t worker)
         }
 }
 
+/* Panels of a tile: all if there are enough rows to share, or too little work; else about a quarter of them, few enough
+   to be fetched in one go. */
+static size_t tile_panels(const struct product *p, size_t row_tiles, size_t panels)
+{
+    if (row_tiles > 8 || p->m * p->n * p->k <= FEW_PRODUCTS)
+        return mg_max(panels, 1);
+    return mg_max(1, mg_min(TILE_BYTES / (MG_PANEL * mg_round_up(p->k, 4)), panels / 4));
+}
+
 static enum mg_status run_product(struct product *p, const int8_t *packed)
 {
     size_t k4 = mg_round_up(p->k, 4), panels = mg_round_up(p->n, MG_PANEL) / MG_PANEL;
@@ -78,8 +88,8 @@ static enum mg_status run_product(struct product *p, const int8_t *packed)
     p->kernels = mg_kernels();
     p->panels = packed;
     p->sums = (const int32_t *)(packed + panels * MG_PANEL * k4);
-    p->tile_panels = row_tiles > 8 ? panels : mg_max(1, mg_min(TILE_BYTES / (MG_PANEL * mg_max(k4, 1)), panels / 4));
-    p->column_tiles = panels == 0 ? 0 : (panels + p->tile_panels - 1) / p->tile_panels;
+    p->tile_panels = tile_panels(p, row_tiles, panels);
+    p->column_tiles = (panels + p->tile_panels - 1) / p->tile_panels;
     size_t n_tasks = row_tiles * p->column_tiles;
     size_t bytes = p->kernels->max_rows * MG_PANEL * sizeof(int32_t) + TILE_ROWS * k4;
     if (!mg_get_scratch(&p->scratch, bytes, n_tasks))

@@ -7,6 +7,7 @@
 #include "kernels.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <time.h>
 
@@ -150,6 +151,7 @@ static void resize(void)
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     size_t target = atomic_load(&pool.wanted) - 1;
     pthread_attr_t attr;
+    sigset_t all, before;
     pthread_once(&once, watch_forks);
     if (pool.running > target) {
         atomic_store(&pool.stop, 1);
@@ -162,12 +164,15 @@ static void resize(void)
     if (pthread_attr_init(&attr) != 0)
         return;
     pthread_attr_setstacksize(&attr, STACK_BYTES);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);    /* which the workers inherit: signals are for the others */
     while (pool.running < target) {
         void *worker = (void *)(uintptr_t)(pool.running + 1);
         if (pthread_create(&pool.threads[pool.running], &attr, work, worker) != 0)
             break;
         pool.running++;
     }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attr);
 }
 

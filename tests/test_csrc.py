@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,3 +257,16 @@ def test_without_the_extension_numpy_runs_and_one_line_says_so():
     compiled, usable, n_threads, y = json.loads(result.stdout)
     assert (compiled, usable, n_threads) == (False, ["numpy"], 2) and np.isfinite(y).all()
     assert len(result.stderr.splitlines()) == 1 and "no C extension" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["", "numpy", "mmx"])
+def test_isa_tool_prints_the_choice(name):
+    tool = Path(__file__).resolve().parent.parent / "tools" / "isa.py"
+    result = subprocess.run([sys.executable, str(tool)], env={**os.environ, "MINIGATE_ISA": name}, capture_output=True,
+                            text=True, timeout=60, check=False)
+    usable = kernels.usable_isas()
+    assert f"usable: {' '.join(usable)}\n" in result.stdout
+    if name == "mmx":
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    else:
+        assert result.returncode == 0 and f"chosen: {name or usable[-1]} (" in result.stdout
