@@ -10,7 +10,7 @@ enum { MAX_QUERIES = 64, RANGE_KEYS = 128 };    /* of any instruction set; a mul
 
 struct attention {
     const struct mg_kernels *kernels;
-    float *out;
+    float *out, *lse;
     const float *q, *k, *v, *gate;
     size_t q_batch, q_row, k_batch, k_row, v_batch, v_row, gate_width;
     int causal;
@@ -44,6 +44,7 @@ static void attend_block(void *context, size_t task, size_t worker)
     size_t seen[MAX_QUERIES];
     struct mg_attention_block block = {
         .out = out, .q = q, .gate = job->gate != NULL ? gate : NULL, .seen = seen,
+        .lse = job->lse != NULL ? job->lse + (batch * job->n_head + head) * job->t_q + first : NULL,
         .k = job->k + batch * job->k_batch + head * job->d, .v = job->v + batch * job->v_batch + head * job->d,
         .k_row = job->k_row, .v_row = job->v_row, .gate_width = job->gate_width,
         .n_query = mg_min(job->kernels->max_queries, job->n_query - first), .d = job->d};
@@ -150,4 +151,67 @@ enum mg_status mg_attention(float *out, const float *q, const float *k, const fl
         return MG_OK;
     return job.n_query <= job.kernels->few_queries ? attend_few(&job, n_batch / group)
                                                    : attend_many(&job, n_batch / group);
+}
+
+/* ---- training ---- */
+
+enum mg_status mg_attention_lse(float *out, float *lse, const float *q, const float *k, const float *v,
+                                size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch,
+                                size_t v_row, int causal, size_t n_batch, size_t n_head, size_t t_q, size_t t_k,
+                                size_t d)
+{
+    struct attention job = {
+        .kernels = mg_kernels(), .out = out, .lse = lse, .q = q, .k = k, .v = v, .q_batch = q_batch, .q_row = q_row,
+        .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .causal = causal, .group = 1,
+        .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d, .n_query = t_q};
+    if (t_k == 0 || (causal && t_q > t_k))
+        return MG_BAD_VALUE;
+    return n_batch == 0 || n_head == 0 || d == 0 || t_q == 0 ? MG_OK : attend_many(&job, n_batch);
+}
+
+struct backward {
+    const struct mg_kernels *kernels;
+    struct mg_attention_gradient all;
+    size_t q_batch, k_batch, v_batch, n_head;
+    struct mg_scratch scratch;
+};
+
+static void backward_head(void *context, size_t task, size_t worker)
+{
+    const struct backward *job = context;
+    struct mg_attention_gradient head = job->all;
+    size_t batch = task / job->n_head, column = task % job->n_head * head.d;
+    size_t queries = batch * head.t_q * head.dense_row + column, keys = batch * head.t_k * head.dense_row + column;
+    head.dq += queries;
+    head.dout += queries;
+    head.out += queries;
+    head.dk += keys;
+    head.dv += keys;
+    head.lse += task * head.t_q;
+    head.q += batch * job->q_batch + column;
+    head.k += batch * job->k_batch + column;
+    head.v += batch * job->v_batch + column;
+    job->kernels->attend_backward(&head, mg_scratch_of(&job->scratch, worker));
+}
+
+enum mg_status mg_attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *out,
+                                     const float *lse, const float *q, const float *k, const float *v,
+                                     size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch,
+                                     size_t v_row, int causal, size_t n_batch, size_t n_head, size_t t_q, size_t t_k,
+                                     size_t d)
+{
+    struct backward job = {
+        .kernels = mg_kernels(), .q_batch = q_batch, .k_batch = k_batch, .v_batch = v_batch, .n_head = n_head,
+        .all = {.dq = dq, .dk = dk, .dv = dv, .dout = dout, .out = out, .lse = lse, .q = q, .k = k, .v = v,
+                .dense_row = n_head * d, .q_row = q_row, .k_row = k_row, .v_row = v_row, .causal = causal,
+                .t_q = t_q, .t_k = t_k, .d = d}};
+    if (t_k == 0 || (causal && t_q > t_k))
+        return MG_BAD_VALUE;
+    if (n_batch == 0 || n_head == 0 || d == 0)
+        return MG_OK;
+    if (!mg_get_scratch(&job.scratch, job.kernels->attend_backward_floats(d) * sizeof(float), n_batch * n_head))
+        return MG_NO_MEMORY;
+    mg_run(backward_head, &job, n_batch * n_head, job.scratch.n_workers);
+    free(job.scratch.data);
+    return MG_OK;
 }

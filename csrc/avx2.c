@@ -217,5 +217,7 @@ const struct mg_kernels mg_avx2 = {
     .attend_floats = mg_avx2_attend_floats,
     .attend = mg_avx2_attend,
     .attend_range = mg_avx2_attend_range,
+    .attend_backward_floats = mg_avx2_attend_backward_floats,
+    .attend_backward = mg_avx2_attend_backward,
 };
 #endif

@@ -152,12 +152,16 @@ TARGET static size_t load_queries(struct state *s, const struct mg_attention_blo
 
 TARGET static void store_queries(const struct state *s, const struct mg_attention_block *b, size_t vectors)
 {
-    float sum[VECTORS * LANES];
-    for (size_t v = 0; v < vectors; v++)
+    float sum[VECTORS * LANES], top[VECTORS * LANES];
+    for (size_t v = 0; v < vectors; v++) {
         _mm512_storeu_ps(sum + v * LANES, s->sum[v]);
+        _mm512_storeu_ps(top + v * LANES, s->top[v]);
+    }
     for (size_t l = 0; l < b->n_query; l++) {
         const float *o = s->o + l, *gate = b->gate != NULL ? b->gate[l] : NULL;
         float *out = b->out[l], scale = 1.0f / sum[l];
+        if (b->lse != NULL)
+            b->lse[l] = mg_lse(top[l], sum[l]);
         if (gate != NULL && b->gate_width == 1)
             scale *= gate[0];
         for (size_t i = 0; i < b->d; i++)

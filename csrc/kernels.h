@@ -2,6 +2,7 @@
 #ifndef MG_KERNELS_H
 #define MG_KERNELS_H
 
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -31,16 +32,29 @@
     1.0000001192092896f, 0.6931469440460205f, 0.24022120237350464f, 0.05550713464617729f, 0.009675541892647743f, \
     0.0013276459649205208f
 #define MG_LOG2_E 1.4426950408889634
+#define MG_LN_2 0.6931471805599453
 
 /* Queries that listen to the same keys in one head, and those keys.  Query i stands at q[i], its result goes to out[i];
-   it sees keys 0 .. seen[i]-1, at least one.  gate[i] holds d values, or one if gate_width is 1; gate may be NULL. */
+   it sees keys 0 .. seen[i]-1, at least one.  gate[i] holds d values, or one if gate_width is 1; gate may be NULL.
+   lse[i], unless lse is NULL, receives the natural logarithm of the sum of exp(scores). */
 struct mg_attention_block {
     float *const *out;
     const float *const *q;
     const float *const *gate;
     const size_t *seen;
+    float *lse;
     const float *k, *v;
     size_t k_row, v_row, gate_width, n_query, d;
+};
+
+/* One head of attention's backward: dout, out and dq (t_q,d), dk and dv (t_k,d), all with rows dense_row apart; lse (t_q).
+   Query i sees keys j <= i + t_k - t_q, or all. */
+struct mg_attention_gradient {
+    float *dq, *dk, *dv;
+    const float *dout, *out, *lse, *q, *k, *v;
+    size_t dense_row, q_row, k_row, v_row;
+    int causal;
+    size_t t_q, t_k, d;
 };
 
 /* A few queries, all of their heads, and a range of keys.  Partial results of query i and head h: top[i][h], the largest
@@ -79,6 +93,10 @@ struct mg_kernels {
     size_t (*attend_floats)(size_t d);      /* size of scratch */
     void (*attend)(const struct mg_attention_block *block, float *scratch);
     void (*attend_range)(const struct mg_attention_range *range);
+
+    /* The backward of a head, with scratch memory. */
+    size_t (*attend_backward_floats)(size_t d);
+    void (*attend_backward)(const struct mg_attention_gradient *head, float *scratch);
 };
 
 extern const struct mg_kernels mg_portable;
@@ -91,6 +109,10 @@ void mg_avx2_attend_range(const struct mg_attention_range *range);
 size_t mg_avx512_attend_floats(size_t d);
 void mg_avx512_attend(const struct mg_attention_block *block, float *scratch);
 void mg_avx512_attend_range(const struct mg_attention_range *range);
+size_t mg_avx2_attend_backward_floats(size_t d);
+void mg_avx2_attend_backward(const struct mg_attention_gradient *head, float *scratch);
+size_t mg_avx512_attend_backward_floats(size_t d);
+void mg_avx512_attend_backward(const struct mg_attention_gradient *head, float *scratch);
 #endif
 
 const struct mg_kernels *mg_kernels(void);
@@ -109,6 +131,9 @@ MG_INLINE void *mg_scratch_of(const struct mg_scratch *scratch, size_t worker)
 {
     return scratch->data + scratch->bytes * worker;
 }
+
+/* ln(sum * 2^top), top a score as a base-2 logarithm */
+MG_INLINE float mg_lse(float top, float sum) { return (float)(MG_LN_2 * (double)top) + logf(sum); }
 
 MG_INLINE size_t mg_round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 MG_INLINE size_t mg_min(size_t a, size_t b) { return a < b ? a : b; }

@@ -219,11 +219,14 @@ static void attend(const struct mg_attention_block *b, float *scratch)
         normalise(p, top, sum, (float *)scale, n);
         add_values((vec *)o, (const vec *)p, scale, b, k0, n);
     }
-    for (size_t l = 0; l < b->n_query; l++)
+    for (size_t l = 0; l < b->n_query; l++) {
+        if (b->lse != NULL)
+            b->lse[l] = mg_lse(top[l], sum[l]);
         for (size_t i = 0; i < b->d; i++) {
             float y = o[i * LANES + l] / sum[l];
             b->out[l][i] = b->gate == NULL ? y : y * b->gate[l][b->gate_width == 1 ? 0 : i];
         }
+    }
 }
 
 /* The keys of one head from first to end, at most MG_KEYS: one step of the online softmax. */
@@ -264,6 +267,44 @@ static void attend_range(const struct mg_attention_range *r)
             }
 }
 
+static size_t attend_backward_floats(size_t d)
+{
+    (void)d;
+    return 1;
+}
+
+/* One query and the keys that it sees, one by one. */
+static void query_backward(const struct mg_attention_gradient *h, size_t t)
+{
+    const float *q = h->q + t * h->q_row, *dout = h->dout + t * h->dense_row;
+    float *dq = h->dq + t * h->dense_row, scale = (float)(1.0 / sqrt((double)h->d));
+    float delta = dot(dout, h->out + t * h->dense_row, 0.0f, h->d);
+    size_t n_keys = h->causal ? t + 1 + h->t_k - h->t_q : h->t_k;
+    memset(dq, 0, h->d * sizeof *dq);
+    for (size_t j = 0; j < n_keys; j++) {
+        const float *k = h->k + j * h->k_row;
+        float *dk = h->dk + j * h->dense_row, *dv = h->dv + j * h->dense_row;
+        float p = exp2_of((dot(q, k, 0.0f, h->d) * scale - h->lse[t]) * (float)MG_LOG2_E);
+        float dscore = p * (dot(dout, h->v + j * h->v_row, 0.0f, h->d) - delta) * scale;
+        for (size_t i = 0; i < h->d; i++) {
+            dq[i] += dscore * k[i];
+            dk[i] += dscore * q[i];
+            dv[i] += p * dout[i];
+        }
+    }
+}
+
+static void attend_backward(const struct mg_attention_gradient *h, float *scratch)
+{
+    (void)scratch;
+    for (size_t j = 0; j < h->t_k; j++) {
+        memset(h->dk + j * h->dense_row, 0, h->d * sizeof *h->dk);
+        memset(h->dv + j * h->dense_row, 0, h->d * sizeof *h->dv);
+    }
+    for (size_t t = 0; t < h->t_q; t++)
+        query_backward(h, t);
+}
+
 const struct mg_kernels mg_portable = {
     .name = "portable",
     .max_rows = ROWS,
@@ -278,4 +319,6 @@ const struct mg_kernels mg_portable = {
     .attend_floats = attend_floats,
     .attend = attend,
     .attend_range = attend_range,
+    .attend_backward_floats = attend_backward_floats,
+    .attend_backward = attend_backward,
 };

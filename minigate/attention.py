@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from minigate import backward
+from minigate import training_kernels
 
 GATE_KINDS = ("none", "per_head", "per_head_mlp", "all_heads", "elementwise")
 GATE_HIDDEN = 4  # hidden size of per_head_mlp
@@ -80,7 +80,7 @@ def gate_logits_backward(dlogits, kind: str, h, p: Mapping[str, np.ndarray], n_h
 
 def gated_attention(q, k, v, h, kind: str, p, n_head: int, scale: float, causal: bool) -> tuple:
     """q h (B, T_q, D), k v (B, T_k, D), p the gate's parameters -> out (B, T_q, D), cache: the forward of training."""
-    a, lse = backward.attention_lse(q, k, v, n_head, causal)
+    a, lse = training_kernels.attention_lse(q, k, v, n_head, causal)
     g = gate(kind, h, p, n_head, scale)
     out = a if g is None else times_gate(a, g)
     return out, (a, lse, q, k, v, h, g, kind, p, n_head, scale, causal)
@@ -90,13 +90,13 @@ def gated_attention_backward(dout, cache) -> tuple:
     """dout (B, T_q, D) -> dq, dk, dv, dh (None for kind `none`), gradients of the gate by parameter name."""
     a, lse, q, k, v, h, g, kind, p, n_head, scale, causal = cache
     if g is None:
-        return *backward.attention_backward(dout, a, lse, q, k, v, n_head, causal), None, {}
+        return *training_kernels.attention_backward(dout, a, lse, q, k, v, n_head, causal), None, {}
     dg = dout * a
     if kind != "elementwise":
         dg = dg.reshape(*dg.shape[:2], n_head, -1).sum(-1)
     dlogits = dg * g * (1 - g / g.dtype.type(scale))  # g = scale σ and σ' = σ (1 - σ)
     dh, dp = gate_logits_backward(dlogits, kind, h, p, n_head)
-    return *backward.attention_backward(times_gate(dout, g), a, lse, q, k, v, n_head, causal), dh, dp
+    return *training_kernels.attention_backward(times_gate(dout, g), a, lse, q, k, v, n_head, causal), dh, dp
 
 
 def times_gate(x: np.ndarray, g: np.ndarray) -> np.ndarray:

@@ -1,0 +1,124 @@
+"""The kernels of training on every instruction set against NumPy in float64: named tolerances, guard pages, threads,
+and what is rejected.
+
+M rows, K inputs, N outputs, B batch, T time, H heads, d head size.
+"""
+
+import numpy as np
+import pytest
+
+from minigate import backward, kernels
+from minigate import training_kernels as tk
+from tests.kernelcases import floats
+from tests.test_csrc import at_page_end, guarded, pointer, unharmed
+
+ATTENTION_ERROR = 5e-6  # absolute, of sums of order 1, with scores of order 1
+LARGE_SCORE_ERROR = 5e-5  # relative to the largest, with scores of order 100: float32 leaves 1e-5 in the exponent
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def near(got, wanted, bound):
+    """Absolute error of float32 against float64."""
+    assert got.dtype == np.float32 and got.shape == wanted.shape
+    error = np.abs(got - wanted).max(initial=0)
+    assert error <= bound, f"error {error} above {bound}"
+
+
+def doubles(*arrays):
+    return [a.astype(np.float64) for a in arrays]
+
+
+# ---- attention ----
+
+CASES = [  # B, H, Tq, Tk, d, causal
+    (1, 1, 1, 1, 1, False), (2, 3, 5, 5, 4, True), (2, 2, 50, 67, 17, False), (1, 2, 49, 49, 64, True),
+    (1, 2, 100, 113, 64, True), (1, 3, 40, 130, 15, False), (1, 1, 97, 97, 80, True), (1, 1, 24, 48, 63, True),
+    (1, 2, 33, 95, 8, False), (2, 1, 7, 6, 65, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_and_its_backward(isa, case, rng):
+    b, h, t_q, t_k, d, causal = case
+    q, dout = floats(rng, 2, b, t_q, h * d)
+    k, v = floats(rng, 2, b, t_k, h * d)
+    wanted = backward.attention_lse(*doubles(q, k, v), h, causal)
+    out, lse = tk.attention_lse(q, k, v, h, causal)
+    near(out, wanted[0], ATTENTION_ERROR)
+    near(lse, wanted[1], ATTENTION_ERROR)
+    gradients = tk.attention_backward(dout, out, lse, q, k, v, h, causal)
+    exact = backward.attention_backward(dout.astype(float), *wanted, *doubles(q, k, v), h, causal)
+    for got, right in zip(gradients, exact, strict=True):
+        near(got, right, ATTENTION_ERROR)
+
+
+def test_attention_backward_takes_views_and_large_scores(isa, rng):
+    whole = 6 * floats(rng, 2, 70, 3 * 32)
+    q, k, v = (whole[:, :, i : i + 32] for i in (0, 32, 64))
+    dout = floats(rng, 2, 70, 32)
+    out, lse = tk.attention_lse(q, k, v, 2, True)
+    wanted = backward.attention_lse(*doubles(q, k, v), 2, True)
+    exact = backward.attention_backward(dout.astype(float), *wanted, *doubles(q, k, v), 2, True)
+    for got, right in zip(tk.attention_backward(dout, out, lse, q, k, v, 2, True), exact, strict=True):
+        near(got, right, LARGE_SCORE_ERROR * np.abs(right).max())
+
+
+@pytest.mark.parametrize("t_q, t_k", [(1, 7), (24, 25), (50, 49)])
+@pytest.mark.parametrize("d", [1, 15, 17, 64])
+def test_attention_backward_keeps_to_its_arrays(compiled_isa, t_q, t_k, d, rng):
+    n_head, lib, keep = 2, kernels.lib, []
+    row = n_head * d
+    q, dout = (at_page_end(floats(rng, t_q, row), keep) for _ in range(2))
+    k, v = (at_page_end(floats(rng, t_k, row), keep) for _ in range(2))
+    (room, out), (lse_room, lse) = guarded((t_q, row), np.float32), guarded((n_head, t_q), np.float32)
+    sizes = (0, row, 0, row, 0, row, False, 1, n_head, t_q, t_k, d)
+    assert lib.mg_attention_lse(*map(pointer, (out, lse, q, k, v)), *sizes) == lib.MG_OK
+    assert unharmed(room) and unharmed(lse_room)
+    out, lse = at_page_end(out, keep), at_page_end(lse, keep)
+    rooms, grads = zip(*(guarded((t, row), np.float32) for t in (t_q, t_k, t_k)), strict=True)
+    assert lib.mg_attention_backward(*map(pointer, (*grads, dout, out, lse, q, k, v)), *sizes) == lib.MG_OK
+    assert all(map(unharmed, rooms))
+
+
+# ---- threads ----
+
+
+def all_kernels(rng):
+    q, k, v, dout = floats(rng, 4, 2, 130, 96)
+    out, lse = tk.attention_lse(q, k, v, 3, True)
+    return [out, lse, *tk.attention_backward(dout, out, lse, q, k, v, 3, True)]
+
+
+def test_results_do_not_depend_on_the_number_of_threads(compiled_isa):
+    kernels.set_threads(1)
+    wanted = all_kernels(np.random.default_rng(1))
+    for n in (2, 3, 5, 1):
+        kernels.set_threads(n)
+        for got, right in zip(all_kernels(np.random.default_rng(1)), wanted, strict=True):
+            assert np.array_equal(got, right)
+
+
+# ---- what is rejected ----
+
+X = np.ones((2, 3, 8), np.float32)
+L = np.ones((2, 2, 3), np.float32)
+BAD = [
+    (lambda: tk.attention_lse(X, X[:, :2], X[:, :2], 2, True), ValueError, "k: expected at least 3 positions, got 2"),
+    (lambda: tk.attention_lse(X, X[:1], X[:1], 2), ValueError, r"k: expected shape \(2, 3, 8\), got \(1, 3, 8\)"),
+    (lambda: tk.attention_lse(X, X, X[:, 1:], 2), ValueError, r"v: expected shape \(2, 3, 8\), got \(2, 2, 8\)"),
+    (lambda: tk.attention_lse(X, X, X, 3), ValueError, "n_head: expected a divisor of 8, got 3"),
+    (lambda: tk.attention_lse(X, X, X.astype(float), 2), TypeError, "v: expected an array of float32, got float64"),
+    (lambda: tk.attention_backward(X[:1], X, L, X, X, X, 2), ValueError, r"dout: expected shape \(2, 3, 8\), got"),
+    (lambda: tk.attention_backward(X, X, L[:1], X, X, X, 2), ValueError, r"lse: expected shape \(2, 2, 3\), got"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_arguments_are_named(case):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()
