@@ -27,6 +27,7 @@ static const struct {
     {"avx512dq", 7, 0, EBX, 17, ZMM},
     {"avx512vl", 7, 0, EBX, 31, ZMM},
     {"avx512vnni", 7, 0, ECX, 11, ZMM},
+    {"avx512_bf16", 7, 1, EAX, 5, ZMM},
 };
 
 static unsigned long long saved_state(void)
@@ -116,6 +117,17 @@ const struct mg_kernels *mg_kernels(void)
         kernels = atomic_load(&current);
     }
     return kernels;
+}
+
+/* Beside the instruction set: some processors with VNNI have it, some have not. */
+const struct mg_bf16 *mg_bf16(void)
+{
+#if defined(__x86_64__)
+    for (size_t f = 0; mg_kernels() == &mg_avx512vnni && mg_feature_name(f) != NULL; f++)
+        if (strcmp(mg_feature_name(f), "avx512_bf16") == 0 && mg_feature(f) == USABLE)
+            return &mg_avx512bf16;
+#endif
+    return NULL;
 }
 
 const char *mg_isa(void) { return mg_kernels()->name; }

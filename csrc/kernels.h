@@ -117,6 +117,28 @@ void mg_avx512_attend_backward(const struct mg_attention_gradient *head, float *
 
 const struct mg_kernels *mg_kernels(void);
 
+/* A tile of a product in bfloat16: c (rows, columns) [+]= bias + a b^T over some pairs of elements along k. */
+#define MG_BF16_ROWS 8          /* of a at a time */
+#define MG_BF16_PANELS 3        /* of b at a time, 16 columns each */
+struct mg_bf16_tile {
+    float *c;
+    const uint32_t *a, *b;      /* of a panel: pairs 16 apart; panels of b are b_stride apart */
+    const float *bias;          /* NULL: zeros; not if add */
+    size_t c_row, b_stride, rows, columns, pairs;
+    int add;
+};
+
+/* pack: rows of k elements x[r * x_row + i * x_column], one stride being 1, rounded to bfloat16, into panels of 16 rows,
+   stride apart: pairs of elements, [pair][row], with zeros beyond the last row and beyond k. */
+struct mg_bf16 {
+    void (*pack)(uint32_t *panels, size_t stride, const float *x, size_t x_row, size_t x_column, size_t rows, size_t k);
+    void (*tile)(const struct mg_bf16_tile *tile);
+};
+#if defined(__x86_64__)
+extern const struct mg_bf16 mg_avx512bf16;
+#endif
+const struct mg_bf16 *mg_bf16(void);    /* NULL where the instruction set in use has none */
+
 /* Runs task(context, i, worker) for every i < n_tasks, each once, worker < n_workers; returns when all are done. */
 typedef void (*mg_task)(void *context, size_t i, size_t worker);
 void mg_run(mg_task task, void *context, size_t n_tasks, size_t n_workers);

@@ -8,15 +8,13 @@ B batch, T time, D n_state, K inputs, N outputs, C channels in, V n_vocab. A lea
 
 import numpy as np
 
-from minigate import backward, kernels
+from minigate import backward, kernels, training_kernels
 from minigate.ops import CONV_WIDTH, conv_matrix, conv_rows
 
 
 def linear(x, weight, bias=None, bf16=False):
     """x (…, K), weight (N, K), bias (N,) or None -> y = x weightᵀ + bias (…, N), cache. bf16: products in bfloat16."""
-    y = backward.product_nt(x.reshape(-1, x.shape[-1]), weight, bf16)
-    if bias is not None:
-        y += bias
+    y = training_kernels.product_nt(x.reshape(-1, x.shape[-1]), weight, bias, bf16)
     return y.reshape(*x.shape[:-1], -1), (x, weight, bias is not None, bf16)
 
 
@@ -24,8 +22,8 @@ def linear_backward(dy, cache):
     """dy (…, N) -> dx (…, K), dweight (N, K), dbias (N,) or None."""
     x, weight, has_bias, bf16 = cache
     dy, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dx = backward.product_nn(dy, weight, bf16).reshape(x.shape)
-    return dx, backward.product_tn(dy, rows, bf16), dy.sum(0) if has_bias else None
+    dx = training_kernels.product_nn(dy, weight, bf16).reshape(x.shape)
+    return dx, training_kernels.product_tn(dy, rows, bf16), dy.sum(0) if has_bias else None
 
 
 def conv1d(x, weight, bias, stride, bf16=False):

@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
-from minigate import backward, distill, model
+from minigate import distill, model, training_kernels
 from minigate.batches import Batch
 from minigate.distill import DistillOptions
 from minigate.parallel import Alone
@@ -208,7 +208,7 @@ def compare_logits(logits, teacher_hidden, embedding, targets, options: DistillO
         part = len(targets[rows]) / len(targets)
         teacher = None
         if options.kl_weight:
-            teacher = backward.product_nt(teacher_hidden[rows].astype(logits.dtype), embedding, bf16)
+            teacher = training_kernels.product_nt(teacher_hidden[rows].astype(logits.dtype), embedding, None, bf16)
         values, _ = distill.kl_ce(logits[rows], teacher, targets[rows], options, scale * part, out=logits[rows])
         kl, ce = kl + part * values[0], ce + part * values[1]
     return kl, ce

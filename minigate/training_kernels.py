@@ -16,6 +16,8 @@ from minigate.kernels import (  # the other half of the door
     _float_type,
     _floats,
     _in_c,
+    _matrix,
+    _optional,
     _strided,
     _view,
     compiled,
@@ -23,6 +25,8 @@ from minigate.kernels import (  # the other half of the door
 
 if compiled:
     from minigate._kernels import lib
+
+F32_ZERO = np.zeros((), F32)
 
 
 # ---- attention ----
@@ -69,3 +73,56 @@ def attention_backward(dout, out, lse, q, k, v, n_head: int, causal=False) -> tu
     _check(lib.mg_attention_backward(*(_floats(x) for x in (dq, dk, dv, dout, out, lse)), q_data, k_data, v_data,
                                      *q_strides, *k_strides, *v_strides, causal, *sizes))  # fmt: skip
     return dq, dk, dv
+
+
+# ---- products ----
+
+
+def has_bf16() -> bool:
+    """Whether products in bfloat16 run in C here; elsewhere they are float32 products."""
+    return _in_c(F32_ZERO) and bool(lib.mg_has_bf16())
+
+
+def _product(a, b, bias, a_strides: tuple[int, int], b_strides: tuple[int, int], sizes: tuple) -> np.ndarray:
+    c = np.empty(sizes[:2], F32)
+    _check(lib.mg_product_bf16(_floats(c), _floats(a), _floats(b), _floats(bias), *a_strides, *b_strides, *sizes))
+    return c
+
+
+def product_nt(x, w, bias=None, bf16=False) -> np.ndarray:
+    """x (M, K), w (N, K), bias (N,) or None -> x wᵀ + bias (M, N), in float32 by BLAS.
+
+    bf16: where the processor can, x and w are rounded to bfloat16 and products summed in float32; here and below."""
+    dtype = _float_type("x", x)
+    x = _matrix("x", x, None, dtype)
+    w = _matrix("w", w, x.shape[1], dtype)
+    bias = _optional("bias", bias, (w.shape[0],), dtype)
+    (m, k), n = x.shape, w.shape[0]
+    if bf16 and _in_c(x) and lib.mg_has_bf16():
+        return _product(x, w, bias, (k, 1), (k, 1), (m, n, k))
+    y = backward.product_nt(x, w, bf16 and not _in_c(x))
+    if bias is not None:
+        y += bias
+    return y
+
+
+def product_nn(dy, w, bf16=False) -> np.ndarray:
+    """dy (M, N), w (N, K) -> dy w (M, K)."""
+    dtype = _float_type("dy", dy)
+    dy = _matrix("dy", dy, None, dtype)
+    (m, n), k = dy.shape, w.shape[-1]
+    w = _array("w", w, (n, k), dtype)
+    if bf16 and _in_c(dy) and lib.mg_has_bf16():
+        return _product(dy, w, None, (n, 1), (1, k), (m, k, n))
+    return backward.product_nn(dy, w, bf16 and not _in_c(dy))
+
+
+def product_tn(dy, x, bf16=False) -> np.ndarray:
+    """dy (M, N), x (M, K) -> dyᵀ x (N, K)."""
+    dtype = _float_type("dy", dy)
+    dy = _matrix("dy", dy, None, dtype)
+    (m, n), k = dy.shape, x.shape[-1]
+    x = _array("x", x, (m, k), dtype)
+    if bf16 and _in_c(dy) and lib.mg_has_bf16():
+        return _product(dy, x, None, (1, n), (1, k), (n, k, m))
+    return backward.product_tn(dy, x, bf16 and not _in_c(dy))

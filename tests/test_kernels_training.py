@@ -14,7 +14,7 @@ from tests.test_csrc import at_page_end, guarded, pointer, unharmed
 
 ATTENTION_ERROR = 5e-6  # absolute, of sums of order 1, with scores of order 1
 LARGE_SCORE_ERROR = 5e-5  # relative to the largest, with scores of order 100: float32 leaves 1e-5 in the exponent
-
+PRODUCT_ERROR = 1e-6  # absolute for each term of order 1
 
 @pytest.fixture
 def rng():
@@ -84,13 +84,73 @@ def test_attention_backward_keeps_to_its_arrays(compiled_isa, t_q, t_k, d, rng):
     assert all(map(unharmed, rooms))
 
 
+# ---- products ----
+
+PRODUCTS = [(1, 1, 1), (2, 3, 5), (8, 48, 2), (17, 49, 33), (100, 16, 31), (97, 100, 385), (16, 17, 769), (5, 300, 63),
+            (9, 3, 0), (0, 3, 4), (4, 0, 3), (200, 31, 64)]  # fmt: skip
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("shape", PRODUCTS)
+def test_products(isa, shape, bf16, rng):
+    m, n, k = shape
+    a, b, bias = floats(rng, m, k), floats(rng, n, k), floats(rng, n)
+    rounded = bf16 and (isa == "numpy" or tk.has_bf16())
+    exact = a.astype(float) @ b.T.astype(float)
+    wanted = backward.round_bf16(a).astype(float) @ backward.round_bf16(b).T.astype(float) if rounded else exact
+    bound = PRODUCT_ERROR * max(1, k)
+    near(tk.product_nt(a, b, bias, bf16), wanted + bias, bound)
+    near(tk.product_nt(a, b, None, bf16), wanted, bound)
+    near(tk.product_nn(a, np.ascontiguousarray(b.T), bf16), wanted, bound)
+    near(tk.product_tn(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), bf16), wanted, bound)
+    if rounded and k > 30:
+        assert np.abs(wanted - exact).max() > 2 * bound  # so that rounding shows
+
+
+needs_bf16 = pytest.mark.skipif(not tk.has_bf16(), reason="cpu lacks avx512_bf16")
+
+
+@needs_bf16
+def test_bf16_rounds_ties_to_even_and_keeps_what_is_not_finite():
+    ties = np.float32([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20, np.inf, 3.4e38, 1e-3])[:, None]
+    one = np.ones((1, 1), np.float32)
+    got = tk.product_nt(ties, one, None, True)[:, 0]
+    assert np.array_equal(got, backward.round_bf16(ties)[:, 0])
+    assert np.isnan(tk.product_nt(np.float32([[np.nan, 1]]), np.ones((1, 2), np.float32), None, True)).all()
+
+
+@needs_bf16
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 5, 3), (17, 49, 33), (9, 15, 31), (24, 48, 385)])
+def test_bf16_products_keep_to_their_arrays(shape, rng):
+    (m, n, k), lib, keep = shape, kernels.lib, []
+    bias = at_page_end(floats(rng, n), keep)
+    for a_shape, a_strides in (((m, k), (k, 1)), ((k, m), (1, m))):
+        for b_shape, b_strides in (((n, k), (k, 1)), ((k, n), (1, n))):
+            a, b = at_page_end(floats(rng, *a_shape), keep), at_page_end(floats(rng, *b_shape), keep)
+            room, c = guarded((m, n), np.float32)
+            status = lib.mg_product_bf16(*map(pointer, (c, a, b, bias)), *a_strides, *b_strides, m, n, k)
+            assert status == lib.MG_OK and unharmed(room)
+
+
+def test_bf16_is_refused_where_there_is_none(compiled_isa):
+    x = pointer(np.ones(4, np.float32))
+    lib = kernels.lib
+    wanted = lib.MG_BAD_VALUE if tk.has_bf16() else lib.MG_BAD_ISA
+    assert lib.mg_product_bf16(x, x, x, x, 2, 2, 2, 1, 1, 1, 1) == wanted
+    assert tk.has_bf16() == (compiled_isa == "avx512vnni" and all(kernels.features()["avx512_bf16"]))
+
+
 # ---- threads ----
 
 
 def all_kernels(rng):
     q, k, v, dout = floats(rng, 4, 2, 130, 96)
     out, lse = tk.attention_lse(q, k, v, 3, True)
-    return [out, lse, *tk.attention_backward(dout, out, lse, q, k, v, 3, True)]
+    a, b, c = floats(rng, 3, 300, 200)
+    products = [f(x, y, bf16=True) for f in (tk.product_nt, tk.product_tn) for x, y in ((a, b), (b, c))]
+    if not tk.has_bf16():
+        products = []  # BLAS may sum in another order
+    return [out, lse, *tk.attention_backward(dout, out, lse, q, k, v, 3, True), *products]
 
 
 def test_results_do_not_depend_on_the_number_of_threads(compiled_isa):
@@ -112,6 +172,11 @@ BAD = [
     (lambda: tk.attention_lse(X, X, X[:, 1:], 2), ValueError, r"v: expected shape \(2, 3, 8\), got \(2, 2, 8\)"),
     (lambda: tk.attention_lse(X, X, X, 3), ValueError, "n_head: expected a divisor of 8, got 3"),
     (lambda: tk.attention_lse(X, X, X.astype(float), 2), TypeError, "v: expected an array of float32, got float64"),
+    (lambda: tk.product_nt(X[0], X), ValueError, r"w: expected shape \(any, 8\), got \(2, 3, 8\)"),
+    (lambda: tk.product_nt(X[0], X[0, :, 1:]), ValueError, r"w: expected shape \(3, 8\), got \(3, 7\)"),
+    (lambda: tk.product_nn(X[0], X[0]), ValueError, r"w: expected shape \(8, 8\), got \(3, 8\)"),
+    (lambda: tk.product_tn(X[0], X[0, 1:]), ValueError, r"x: expected shape \(3, 8\), got \(2, 8\)"),
+    (lambda: tk.product_tn(X[0], X[0].astype(float)), TypeError, "x: expected an array of float32, got float64"),
     (lambda: tk.attention_backward(X[:1], X, L, X, X, X, 2), ValueError, r"dout: expected shape \(2, 3, 8\), got"),
     (lambda: tk.attention_backward(X, X, L[:1], X, X, X, 2), ValueError, r"lse: expected shape \(2, 2, 3\), got"),
 ]
