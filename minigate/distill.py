@@ -3,7 +3,7 @@
 In: what a student and its teacher computed on one batch. Out: values as Python floats for the log, and gradients with
 respect to the student's arrays, float32 or float64 like these.
 
-    loss = kl_weight * kl + ce_weight * ce + hidden_weight * hidden + OutlierPenalty.value
+    loss = kl_weight * kl + ce_weight * ce + hidden_weight * hidden + step.OutlierPenalty's value
 
 `scale` multiplies a gradient but not a value: the share of a micro-batch in the whole batch.
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minigate.errors import UsageError
-from minigate.options import _Checks
+from minigate.options import Checks
 
 OUTLIER_GROUPS = ("block", "mlp", "final-norm")
 FINAL_NORMS = ("encoder.ln_post", "decoder.ln")
@@ -44,7 +44,7 @@ class DistillOptions:
     outlier_tensors: str | Iterable[str] = OUTLIER_GROUPS  # any of OUTLIER_GROUPS, or a string of them with commas
 
     def __post_init__(self):
-        check = _Checks(self)
+        check = Checks(self)
         weights = ("kl_weight", "ce_weight", "hidden_weight", "outlier_weight")
         for name in weights:
             check.number(name, 0)
@@ -237,37 +237,3 @@ def n_penalized(dims: Mapping[str, int], groups: Iterable[str]) -> int:
     """The number of tensors that one forward of a model with these dims has in these groups."""
     layers = dims["n_audio_layer"] + dims["n_text_layer"]
     return sum(len(FINAL_NORMS) if group == "final-norm" else layers for group in groups)
-
-
-class OutlierPenalty:
-    """outlier_weight * mean over n_tensors tensors of log(1 + E[(|A| / tau)^power]), gathered during one forward.
-
-    Padded positions count like others. `value` includes the weight; `reset` comes before each forward.
-    """
-
-    def __init__(self, options: DistillOptions, n_tensors: int):
-        self.options, self.n_tensors = options, n_tensors
-        self.reset()
-
-    def reset(self, scale: float = 1.0) -> None:
-        """Begin a forward. scale: of the gradients."""
-        self.value, self._seen, self._scale = 0.0, 0, scale
-
-    def forward(self, name: str, a: np.ndarray) -> tuple | None:
-        """Add a tensor (any shape) to `value` -> what `backward` needs, or None when the tensor is not penalized.
-
-        RuntimeError after n_tensors tensors: `reset` was forgotten.
-        """
-        if penalty_group(name) not in self.options.outlier_tensors:
-            return None
-        if self._seen == self.n_tensors:
-            raise RuntimeError(f"outlier penalty: expected {self.n_tensors} tensors since reset, got {name} as well")
-        self._seen += 1
-        value, cache = outlier(a, self.options.outlier_tau, self.options.outlier_power)
-        weight = self.options.outlier_weight / self.n_tensors
-        self.value += weight * value
-        return weight * self._scale, cache
-
-    def backward(self, cache: tuple) -> np.ndarray:
-        """What forward gave -> the gradient of scale * value with respect to its tensor."""
-        return outlier_backward(*cache)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minigate.errors import FileError
-from minigate.options import _Checks
+from minigate.options import Checks
 
 BLOCK = 1 << 14  # elements: the six arrays of a block stay in the second-level cache, 64 KB each in float32
 SUM_BLOCK = 1 << 13  # elements: few enough that BLAS wakes no thread, whose start would take longer than the sum
@@ -34,7 +34,7 @@ class OptimOptions:
     ema_decay: float = 0.0  # of the average of the weights, below 1; 0: no average
 
     def __post_init__(self):
-        check = _Checks(self)
+        check = Checks(self)
         for name in ("lr", "gate_lr", "weight_decay"):
             check.number(name, 0)
         for name in ("eps", "clip_norm"):

@@ -44,7 +44,7 @@ class TranscribeOptions:
     without_timestamps: bool = False  # one segment per 30 s window
 
     def __post_init__(self):
-        check = _Checks(self)
+        check = Checks(self)
         check.language()
         check.choice("task", TASKS)
         check.whole("beam_size", 1)
@@ -91,7 +91,7 @@ class DecodingOptions:
     seed: int | tuple[int, ...] = 0  # of numpy.random.default_rng, for temperatures above 0
 
     def __post_init__(self):
-        check = _Checks(self)
+        check = Checks(self)
         check.language()
         check.choice("task", TASKS)
         check.temperature()
@@ -105,7 +105,7 @@ class DecodingOptions:
         check.finished_texts()
 
 
-class _Checks:
+class Checks:
     """Checks of the fields of a frozen options object; what is given in several forms is put into one."""
 
     def __init__(self, options):
@@ -219,25 +219,25 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, defaults: dict | Non
     def add(name: str, parse, metavar: str, text: str):
         value = getattr(default, name)
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else value
-        group.add_argument(_flag(name), type=parse, default=value, metavar=metavar, help=f"{text} (default: {shown})")
+        group.add_argument(flag_of(name), type=parse, default=value, metavar=metavar, help=f"{text} (default: {shown})")
 
     group.add_argument("--language", default=default.language or "auto", metavar="CODE",
                        help="language spoken: a code (de), a name (german) or auto, which listens to the first 30 s; "
                             f"English-only models know en alone (default: {default.language or 'auto'})")
     group.add_argument("--task", choices=TASKS, default=default.task,
                        help=f"transcribe, or translate into English (default: {default.task})")
-    add("beam_size", _whole, "N", "beams at temperature 0, 1 is greedy")
-    add("patience", _number, "X", "beam search ends with round(beam size * X) finished texts")
-    add("length_penalty", _number_or_none, "ALPHA", "Google NMT's length penalty between texts, 0 to 1; none: mean "
+    add("beam_size", as_whole, "N", "beams at temperature 0, 1 is greedy")
+    add("patience", as_number, "X", "beam search ends with round(beam size * X) finished texts")
+    add("length_penalty", as_number_or_none, "ALPHA", "Google NMT's length penalty between texts, 0 to 1; none: mean "
         "log-probability per token")
-    add("best_of", _whole, "N", "samples at a temperature above 0")
-    add("temperature", _numbers, "T[,T…]", "temperatures that are tried in turn until a window's text passes the "
+    add("best_of", as_whole, "N", "samples at a temperature above 0")
+    add("temperature", as_numbers, "T[,T…]", "temperatures that are tried in turn until a window's text passes the "
         "thresholds; a single number: no fallback")
-    add("compression_ratio_threshold", _number_or_none, "X", "a text whose UTF-8 bytes are more than X times its zlib "
-        "bytes is repetitive and failed; none: no check")
-    add("logprob_threshold", _number_or_none, "X", "a text with a mean log-probability (natural) per token below X "
+    add("compression_ratio_threshold", as_number_or_none, "X", "a text whose UTF-8 bytes are more than X times its "
+        "zlib bytes is repetitive and failed; none: no check")
+    add("logprob_threshold", as_number_or_none, "X", "a text with a mean log-probability (natural) per token below X "
         "failed; none: no check")
-    add("no_speech_threshold", _number_or_none, "P", "a window whose no-speech probability is above P and whose text "
+    add("no_speech_threshold", as_number_or_none, "P", "a window whose no-speech probability is above P and whose text "
         "is below the log-probability threshold is silence; none: no check")
     group.add_argument("--no-condition-on-previous-text", dest="condition_on_previous_text", action="store_false",
                        default=default.condition_on_previous_text,
@@ -269,30 +269,30 @@ def errors_name_flags():
         name, _, rest = str(error).partition(":")
         if name not in ("threads", *(field.name for field in fields(TranscribeOptions))):
             raise
-        raise UsageError(f"{_flag(name)}:{rest}") from None
+        raise UsageError(f"{flag_of(name)}:{rest}") from None
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _whole(text: str) -> int:
+def as_whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
 
 
-def _number(text: str) -> float:
+def as_number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
 
 
-def _number_or_none(text: str) -> float | None:
-    return None if text.lower() == "none" else _number(text)
+def as_number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else as_number(text)
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(_number(part) for part in text.split(","))
+def as_numbers(text: str) -> tuple[float, ...]:
+    return tuple(as_number(part) for part in text.split(","))

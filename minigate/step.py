@@ -81,8 +81,9 @@ def lengthen(batch: Batch, length: int) -> Batch:
     )
 
 
-class SharedPenalty:
-    """The outlier penalty of `distill.py` of a batch whose parts lie in several processes, for `tape.Recorded`.
+class OutlierPenalty:
+    """outlier_weight * mean over n_tensors tensors of log(1 + E[(|A| / tau)^power]), for `tape.Recorded`, of a batch
+    whose parts may lie in several processes. Padded positions count like others.
 
     For a tensor whose parts have means m_r and make up w_r of it, log(1 + Σ w_r m_r) = log(Σ w_r exp(v_r)) with the
     parts' own values v_r = log(1 + m_r): one exchange of numbers between forward and backward, and each part's
@@ -140,7 +141,7 @@ class Distillation:
         self.ops, self.dims, self.options, self.embedding = ops, dims, options, embedding
         self.encoder_frozen, self.processes = encoder_frozen, processes or Alone()
         n_tensors = distill.n_penalized(vars(dims), options.outlier_tensors)
-        ops.penalty = SharedPenalty(options, n_tensors) if options.outlier_weight else None
+        ops.penalty = OutlierPenalty(options, n_tensors) if options.outlier_weight else None
 
     def forward_backward(self, batch: Batch | None, teacher_xa: np.ndarray | None = None,
                          share: Share = WHOLE) -> Losses:  # fmt: skip

@@ -2,7 +2,7 @@
 
 Each operator remembers what its backward needs on a stack, and each backward takes it off again, so that a model's
 backward is its forward's list of calls reversed. Gradients are summed by parameter name in `grads`; the outlier
-penalty (`distill.OutlierPenalty`) is taken where the tensors arise and joins their gradients on the way back.
+penalty (`step.OutlierPenalty`) is taken where the tensors arise and joins their gradients on the way back.
 
 B batch, T time, D n_state, K inputs, N outputs, V n_vocab.
 """

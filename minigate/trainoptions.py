@@ -17,7 +17,7 @@ from minigate.distill import OUTLIER_GROUPS, DistillOptions
 from minigate.errors import FileError, UsageError
 from minigate.labels import LabelOptions
 from minigate.optim import OptimOptions
-from minigate.options import ArgumentParser, _Checks, _flag, _number, _number_or_none, _numbers, _whole
+from minigate.options import ArgumentParser, Checks, as_number, as_number_or_none, as_numbers, as_whole, flag_of
 from minigate.student import PARTS
 
 PROG = "python -m minigate.train"
@@ -47,7 +47,7 @@ class TrainOptions:
     max_unreadable: float = 0.05
 
     def __post_init__(self):
-        check = _Checks(self)
+        check = Checks(self)
         for name, low in (("steps", 0), ("seed", 0), ("accumulate", 1), ("checkpoint_every", 1), ("eval_every", 1),
                           ("eval_utterances", 1), ("eval_outliers", 1), ("max_skipped", 1)):  # fmt: skip
             check.whole(name, low)
@@ -89,7 +89,7 @@ def check_same(facts: dict, settings: Settings, where: str) -> None:
     kept, now = facts["options"], settings.flat()
     for name in now:
         if name not in FREE and kept.get(name) != now[name]:
-            raise UsageError(f"{_flag(name)}: expected {_shown(kept.get(name))} like the run in {where}, "
+            raise UsageError(f"{flag_of(name)}: expected {_shown(kept.get(name))} like the run in {where}, "
                              f"got {_shown(now[name])}; --resume continues a run with the options that it began with")
     if facts["step"] > settings.train.steps:
         raise UsageError(f"--steps: expected {facts['step']} at least, which the run in {where} has done, "
@@ -100,60 +100,60 @@ def check_same(facts: dict, settings: Settings, where: str) -> None:
 
 STUDENT = (  # name, parser, what it stands for, help
     ("gate", str, "KIND", f"of every attention: {', '.join(GATE_KINDS)}"),
-    ("gate_init", _number, "P", "what every gate's sigmoid starts with; its output is divided by it"),
-    ("encoder_layers", _whole, "N", "evenly spaced ones of the teacher's, the first and the last among them"),
-    ("decoder_layers", _whole, "N", "likewise"),
+    ("gate_init", as_number, "P", "what every gate's sigmoid starts with; its output is divided by it"),
+    ("encoder_layers", as_whole, "N", "evenly spaced ones of the teacher's, the first and the last among them"),
+    ("decoder_layers", as_whole, "N", "likewise"),
     ("audio_context", str, "LENGTH", "full: the student hears windows of 30 s; variable: of the sound's length, "
                                      "rounded up to 1 s, at least 2 s"),
 )  # fmt: skip
 LOOP = (
-    ("batch_seconds", _number, "S", "of sound in a batch, as the student hears it; one window at least"),
-    ("accumulate", _whole, "N", "batches in a step"),
+    ("batch_seconds", as_number, "S", "of sound in a batch, as the student hears it; one window at least"),
+    ("accumulate", as_whole, "N", "batches in a step"),
     ("precision", str, "TYPE", "of matrix products: float32 or bf16 (bfloat16, sums and weights in float32)"),
-    ("seed", _whole, "N", "of the data's packing and order, of augmentation and of the gates' start"),
-    ("checkpoint_every", _whole, "N", "steps from one checkpoint to the next"),
-    ("eval_every", _whole, "N", "steps from one look at the dev manifest to the next; the last step has one too"),
-    ("eval_utterances", _whole, "N", "of the dev manifest that are transcribed for the word error rate"),
-    ("eval_outliers", _whole, "N", "of these, those whose activations are measured"),
-    ("max_skipped", _whole, "N", "steps with a loss or gradient that is not finite, at which training gives up"),
+    ("seed", as_whole, "N", "of the data's packing and order, of augmentation and of the gates' start"),
+    ("checkpoint_every", as_whole, "N", "steps from one checkpoint to the next"),
+    ("eval_every", as_whole, "N", "steps from one look at the dev manifest to the next; the last step has one too"),
+    ("eval_utterances", as_whole, "N", "of the dev manifest that are transcribed for the word error rate"),
+    ("eval_outliers", as_whole, "N", "of these, those whose activations are measured"),
+    ("max_skipped", as_whole, "N", "steps with a loss or gradient that is not finite, at which training gives up"),
 )
 OPTIM = (
-    ("lr", _number, "RATE", "highest learning rate"),
-    ("gate_lr", _number, "RATE", "the same, of the gates"),
-    ("warmup", _whole, "STEPS", "until the highest rate; then it falls linearly to 0"),
-    ("weight_decay", _number, "X", "a step takes rate * X of each matrix; other parameters have none"),
-    ("beta1", _number, "X", "AdamW's memory of gradients"),
-    ("beta2", _number, "X", "AdamW's memory of their squares"),
-    ("eps", _number, "X", "AdamW's least root of these"),
-    ("clip_norm", _number, "X", "longest gradient, all parameters together"),
-    ("ema_decay", _number, "X", "also write student-ema.safetensors, a moving average of the weights with this decay, "
+    ("lr", as_number, "RATE", "highest learning rate"),
+    ("gate_lr", as_number, "RATE", "the same, of the gates"),
+    ("warmup", as_whole, "STEPS", "until the highest rate; then it falls linearly to 0"),
+    ("weight_decay", as_number, "X", "a step takes rate * X of each matrix; other parameters have none"),
+    ("beta1", as_number, "X", "AdamW's memory of gradients"),
+    ("beta2", as_number, "X", "AdamW's memory of their squares"),
+    ("eps", as_number, "X", "AdamW's least root of these"),
+    ("clip_norm", as_number, "X", "longest gradient, all parameters together"),
+    ("ema_decay", as_number, "X", "also write student-ema.safetensors, moving average of the weights with this decay, "
                                 "0.999 for instance; 0: none"),
 )  # fmt: skip
 LOSSES = (
-    ("kl_weight", _number, "X", "of temperature² * KL(teacher ‖ student)"),
-    ("ce_weight", _number, "X", "of the cross-entropy on the teacher's text"),
-    ("hidden_weight", _number, "X", "of the mean squared difference of the encoders' outputs"),
-    ("temperature", _number, "T", "that divides the logits in the KL"),
-    ("outlier_weight", _number, "X", "of the mean over tensors of log(1 + E[(|activation| / tau)^power])"),
-    ("outlier_tau", _number, "X", "above this an activation counts much"),
-    ("outlier_power", _number, "X", "above 1"),
+    ("kl_weight", as_number, "X", "of temperature² * KL(teacher ‖ student)"),
+    ("ce_weight", as_number, "X", "of the cross-entropy on the teacher's text"),
+    ("hidden_weight", as_number, "X", "of the mean squared difference of the encoders' outputs"),
+    ("temperature", as_number, "T", "that divides the logits in the KL"),
+    ("outlier_weight", as_number, "X", "of the mean over tensors of log(1 + E[(|activation| / tau)^power])"),
+    ("outlier_tau", as_number, "X", "above this an activation counts much"),
+    ("outlier_power", as_number, "X", "above 1"),
     ("outlier_tensors", str, "GROUPS", f"comma-separated: {','.join(OUTLIER_GROUPS)}"),
 )
 DATA = (
     ("language", str, "CODE", "of the training data; auto: detected for each window"),
-    ("timestamp_share", _number, "P", "of the windows that are labelled with timestamps"),
-    ("max_compression_ratio", _number_or_none, "X", "labels that zlib shrinks more are not used; none: no check"),
-    ("max_wer", _number_or_none, "X", "labels with more word errors per word against the transcript, where there is "
+    ("timestamp_share", as_number, "P", "of the windows that are labelled with timestamps"),
+    ("max_compression_ratio", as_number_or_none, "X", "labels that zlib shrinks more are not used; none: no check"),
+    ("max_wer", as_number_or_none, "X", "labels with more word errors per word against the transcript, where there is "
                                       "one, are not used; none: no check"),
-    ("max_unreadable", _number, "P", "share of unreadable recordings above which a manifest is refused"),
-    ("speeds", _numbers, "X[,X…]", "every utterance once at each speed"),
-    ("gain_db", _number, "DB", "utterances are made louder or softer by up to this"),
-    ("noise_share", _number, "P", "of the student's windows that get noise"),
-    ("noise_snr_db", _numbers, "LOW,HIGH", "their signal-to-noise ratio in dB"),
-    ("time_masks", _whole, "N", "SpecAugment's, for each of the student's windows"),
-    ("time_mask_s", _number, "S", "longest of them"),
-    ("freq_masks", _whole, "N", "SpecAugment's"),
-    ("freq_mask_bins", _whole, "N", "widest of them, in mel bands"),
+    ("max_unreadable", as_number, "P", "share of unreadable recordings above which a manifest is refused"),
+    ("speeds", as_numbers, "X[,X…]", "every utterance once at each speed"),
+    ("gain_db", as_number, "DB", "utterances are made louder or softer by up to this"),
+    ("noise_share", as_number, "P", "of the student's windows that get noise"),
+    ("noise_snr_db", as_numbers, "LOW,HIGH", "their signal-to-noise ratio in dB"),
+    ("time_masks", as_whole, "N", "SpecAugment's, for each of the student's windows"),
+    ("time_mask_s", as_number, "S", "longest of them"),
+    ("freq_masks", as_whole, "N", "SpecAugment's"),
+    ("freq_mask_bins", as_whole, "N", "widest of them, in mel bands"),
 )  # fmt: skip
 
 
@@ -166,13 +166,13 @@ def build_parser() -> ArgumentParser:
     add("--train", metavar="MANIFEST", type=Path, help="recordings to train on; needed unless --steps is 0")
     add("--dev", metavar="MANIFEST", type=Path, help="recordings to watch progress on; needed unless --steps is 0")
     add("--output", required=True, metavar="DIR", type=Path, help="where student, log and checkpoint go")
-    add("--steps", required=True, type=_whole, metavar="N", help="of training; 0 writes the untouched student")
+    add("--steps", required=True, type=as_whole, metavar="N", help="of training; 0 writes the untouched student")
     add("--resume", action="store_true", help="continue the run in --output from its checkpoint, or start if there is "
         "none; same options as before except --steps and how often to save and look")  # fmt: skip
     add("--config", metavar="FILE.toml", type=Path, help="more options, by the same names; the command line wins")
     add("--label-cache", metavar="DIR", type=Path, help="the teacher's labels (default: DIR/labels of --output)")
     add("--mel-cache", metavar="DIR", type=Path, help="log-mels (default: DIR/mels of --output)")
-    add("--threads", type=_whole, metavar="N", help="default: the cores this process may use")
+    add("--threads", type=as_whole, metavar="N", help="default: the cores this process may use")
     add("--quiet", action="store_true", help="no progress")
     group = _add_group(parser, "student", STUDENT)
     group.add_argument("--freeze", nargs="+", default=[], metavar="PART",
@@ -186,7 +186,7 @@ def _add_group(parser: ArgumentParser, title: str, table: Sequence[tuple]) -> ar
     group, defaults = parser.add_argument_group(title), Settings().values()
     for name, parse, metavar, text in table:
         shown = "all" if name.endswith("_layers") else _shown(defaults[name])
-        group.add_argument(_flag(name), type=parse, default=defaults[name], metavar=metavar,
+        group.add_argument(flag_of(name), type=parse, default=defaults[name], metavar=metavar,
                            help=f"{text} (default: {shown})")  # fmt: skip
     return group
 
@@ -227,7 +227,7 @@ def name_flag(error: UsageError, names: Sequence[str] | None = None) -> UsageErr
     """"gate_init: expected …" -> "--gate-init: expected …" where the first word is an option's name."""
     name, _, rest = str(error).partition(":")
     known = {"teacher", *Settings().values()} if names is None else names
-    return UsageError(f"{_flag(name)}:{rest}") if name in known else error
+    return UsageError(f"{flag_of(name)}:{rest}") if name in known else error
 
 
 def config_arguments(path: Path, parser: ArgumentParser) -> list[str]:
@@ -235,7 +235,7 @@ def config_arguments(path: Path, parser: ArgumentParser) -> list[str]:
     known = {action.option_strings[-1]: action for action in parser._actions if action.option_strings}
     arguments = []
     for name, value in _read_toml(path).items():
-        flag = _flag(name)
+        flag = flag_of(name)
         if flag not in known or flag in ("--config", "--help"):
             raise FileError(f"{path}: expected names of options, such as batch-seconds, got {name}")
         is_switch = known[flag].nargs == 0

@@ -207,23 +207,34 @@ def test_lengthened_rows_are_those_of_a_longer_batch():
 # --- the penalty ---
 
 
-def test_shared_penalty_is_the_penalty():
-    batch, xa, _ = training.batch()
-    student, plain = distillation(), distillation()
-    plain.ops.penalty = Settled(training.DISTILL, 10)
-    expected = plain.forward_backward(batch, xa).outlier
-    assert student.forward_backward(batch, xa).outlier == pytest.approx(expected, rel=1e-12)
-    for name, gradient in plain.ops.grads.items():
-        np.testing.assert_allclose(student.ops.grads[name], gradient, rtol=1e-9, atol=1e-13, err_msg=name)
+def test_penalty_is_the_mean_over_its_tensors():
+    rng = np.random.default_rng(0)
+    options = distill.DistillOptions(outlier_weight=0.1, outlier_tensors="block,final-norm")
+    names = (
+        "encoder.conv1", "encoder.blocks.0.attn.out", "encoder.blocks.0.attn.out + residual", "encoder.blocks.0.mlp.0",
+        "encoder.blocks.0.mlp.2", "encoder.blocks.0.mlp.2 + residual", "encoder.blocks.1.mlp.2 + residual",
+        "encoder.ln_post", "decoder.blocks.0.mlp_ln", "decoder.blocks.0.mlp.2 + residual", "decoder.ln",
+    )  # fmt: skip
+    tensors = {name: 4 * rng.standard_normal((2, 3, 8)) for name in names}
+    penalized = [n for n in tensors if n.endswith(("mlp.2 + residual", "ln_post", "decoder.ln"))]
 
+    def value(a):
+        """One tensor's part, by the formula."""
+        return 0.1 / 5 * np.log(1 + ((np.abs(a) / 6) ** 4).mean())
 
-class Settled(distill.OutlierPenalty):
-    def settle(self, share, processes):
-        return self.value
+    penalty = step.OutlierPenalty(options, 5)
+    for _ in range(2):  # the second time after a reset
+        penalty.reset()
+        caches = {n: penalty.forward(n, a) for n, a in tensors.items()}
+        assert [n for n, cache in caches.items() if cache is not None] == penalized
+        total = penalty.settle(step.WHOLE, Alone())
+        assert total == pytest.approx(sum(value(tensors[n]) for n in penalized), rel=1e-12)
+    for n in penalized:
+        check_gradient(value, tensors[n], penalty.backward(caches[n]), rng)
 
 
 def test_penalty_counts_its_tensors():
-    penalty = step.SharedPenalty(training.DISTILL, 3)
+    penalty = step.OutlierPenalty(training.DISTILL, 3)
     penalty.forward("decoder.ln", np.ones((1, 2, 4)))
     assert penalty.forward("decoder.blocks.0.attn.out", np.ones((1, 2, 4))) is None
     with pytest.raises(RuntimeError, match="expected 3 tensors, got 1"):
@@ -231,7 +242,7 @@ def test_penalty_counts_its_tensors():
 
 
 def test_activations_beyond_float32_show_in_the_loss():
-    penalty = step.SharedPenalty(replace(training.DISTILL, outlier_power=16), 1)
+    penalty = step.OutlierPenalty(replace(training.DISTILL, outlier_power=16), 1)
     penalty.forward("decoder.ln", np.full((1, 2, 4), 1e38, np.float32))
     assert not np.isfinite(penalty.settle(step.WHOLE, Alone()))
 
