@@ -200,7 +200,7 @@ class Labeller:
                 if key and key not in missing and not self.cache.has(*key):
                     missing[key] = window
                 bar.update()
-        order = sorted(missing, key=lambda key: missing[key].samples)  # alike in length: they end together
+        order = sorted(missing, key=lambda key: (key[1], missing[key].samples))  # what is alike ends together
         at_once = windows_at_once(self.teacher.dims)
         with _bar("labels", len(missing), progress) as bar:
             for end in range(len(order) % at_once or at_once, len(order) + 1, at_once):  # the first group may be small:
