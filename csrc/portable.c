@@ -1,5 +1,5 @@
 /* Plain C: the specification that the other instruction sets are tested against, and what runs on other processors.
-   vec is what gcc and clang make of any processor's vectors of 16 bytes, or of its scalars. */
+   Vectors of 16 bytes are what gcc and clang make of any processor's, or of its scalars. */
 #include "kernels.h"
 
 #include <math.h>
@@ -7,6 +7,10 @@
 
 enum { ROWS = 4, LANES = 16, VECTORS = 4 };      /* queries of attention; in vectors */
 typedef float vec __attribute__((vector_size(16)));
+typedef int8_t bytes __attribute__((vector_size(8)));
+typedef int16_t shorts __attribute__((vector_size(16)));
+typedef int32_t ints __attribute__((vector_size(16)));
+typedef uint32_t bits __attribute__((vector_size(16)));
 
 static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k)
 {
@@ -18,22 +22,53 @@ static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k)
     }
 }
 
-/* Neither a nor the sums are offset here, so that the sums are not needed. */
+MG_INLINE shorts widened(const void *eight)
+{
+    bytes b;
+    memcpy(&b, eight, sizeof b);
+    return __builtin_convertvector(b, shorts);
+}
+
+/* 4 elements of a row, twice. */
+MG_INLINE shorts twice(const int8_t *row)
+{
+    uint32_t four;
+    memcpy(&four, row, sizeof four);
+    uint64_t eight = four * 0x100000001ULL;
+    return widened(&eight);
+}
+
+/* sum[j] = sum_k a[k] * panel[k][j].  Two products fit 16 bits (w is never -128); pairs of them are added in 32 bits, two
+   sums for each column, which are added at the end. */
+static void dot_row(int32_t *sum, const int8_t *row, const int8_t *panel, size_t k4)
+{
+    enum { COLUMNS = 16, SUMS = COLUMNS / 2 };
+    for (size_t column = 0; column < MG_PANEL; column += COLUMNS) {
+        ints c[SUMS] = {{0}};
+        int32_t halves[2 * COLUMNS];
+        for (size_t i = 0; i < k4; i += 8) {
+            const int8_t *w = panel + i * MG_PANEL + 4 * column;
+            size_t next = i + 4 < k4 ? 4 : 0;
+            shorts a = twice(row + i), b = next ? twice(row + i + next) : a - a;
+            MG_UNROLL
+            for (size_t v = 0; v < SUMS; v++) {
+                shorts x = a * widened(w + 8 * v) + b * widened(w + next * MG_PANEL + 8 * v);
+                c[v] += ((ints)((bits)x << 16) >> 16) + ((ints)x >> 16);
+            }
+        }
+        memcpy(halves, c, sizeof c);
+        for (size_t j = 0; j < COLUMNS; j++)
+            sum[column + j] = halves[2 * j] + halves[2 * j + 1];
+    }
+}
+
+/* a is not offset here, so that the sums of the columns are not needed. */
 static void dot_panel(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *sums, size_t rows, size_t k)
 {
     size_t k4 = mg_round_up(k, 4);
     (void)sums;
-    for (size_t r = 0; r < rows; r++) {
-        const int8_t *row = a + r * k4;
-        int32_t sum[MG_PANEL] = {0};
-        for (size_t i = 0; i < k4; i += 4) {
-            const int8_t *w = panel + i * MG_PANEL;
-            for (size_t j = 0; j < MG_PANEL; j++)
-                sum[j] += row[i] * w[4 * j] + row[i + 1] * w[4 * j + 1] + row[i + 2] * w[4 * j + 2] +
-                          row[i + 3] * w[4 * j + 3];
-        }
-        memcpy(acc + r * MG_PANEL, sum, sizeof sum);
-    }
+    for (size_t r = 0; r < rows; r++)
+        dot_row(acc + r * MG_PANEL, a + r * k4, panel, k4);
 }
 
 static inline float gelu_of(float x)
