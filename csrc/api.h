@@ -87,3 +87,36 @@ int mg_has_bf16(void);
    (n) or NULL.  MG_BAD_ISA: mg_has_bf16() is 0. */
 enum mg_status mg_product_bf16(float *c, const float *a, const float *b, const float *bias, size_t a_row,
                                size_t a_column, size_t b_row, size_t b_column, size_t m, size_t n, size_t k);
+
+/* With xn the normalized x and g = dy * weight: dx = (g - mean(g) - xn * mean(g xn)) / sqrt(variance + eps) row by row;
+   dweight = sum dy xn and dbias = sum dy over the rows, one after the other, (2,n).  dx, dy, x (m,n), weight (n). */
+enum mg_status mg_layer_norm_backward(float *dx, float *dweight_dbias, const float *dy, const float *x,
+                                      const float *weight, float eps, size_t m, size_t n);
+
+/* sums[j] = sum_i x[i][j].  x (m,n). */
+enum mg_status mg_column_sums(float *sums, const float *x, size_t m, size_t n);
+
+/* dx = dy * (Phi(x) + x phi(x)), Phi within 2e-6. */
+enum mg_status mg_gelu_backward(float *dx, const float *dy, const float *x, size_t n);
+
+/* Row by row, p = softmax(logits / T), q = softmax(teacher / T), T the temperature, s = softmax(logits):
+   values[i] = (sum q (ln q - ln p), -ln s[target]); dlogits = kl_scale * (p - q) + ce_scale * (s - onehot(target));
+   all zeros where target < 0.  values (m,2); teacher may be NULL: its parts are 0; dlogits may be logits.  What is not
+   finite makes the row's values and gradient NaN.  MG_BAD_VALUE: a target is n or more. */
+enum mg_status mg_logit_losses(float *dlogits, double *values, const float *logits, const float *teacher,
+                               const int64_t *targets, float temperature, float kl_scale, float ce_scale, size_t m,
+                               size_t n);
+
+/* largest = max |a|, NaN if an element is not finite; sum = sum (|a| / largest)^power;
+   da = factor * sign(a) (|a| / largest)^(power - 1). */
+enum mg_status mg_magnitude(float *largest, const float *a, size_t n);
+enum mg_status mg_power_sum(double *sum, const float *a, float largest, size_t power, size_t n);
+enum mg_status mg_power_backward(float *da, const float *a, float largest, float factor, size_t power, size_t n);
+
+/* m = beta1 * m + g_mean * g; v = beta2 * v + (g_root * g)^2; p = shrink * p - m / (sqrt(v) + eps) * step;
+   average = average + average_rate * (p - average), unless it is NULL.  Every operation is rounded by itself. */
+enum mg_status mg_adamw(float *p, float *m, float *v, float *average, const float *g, float beta1, float beta2,
+                        float g_mean, float g_root, float step, float eps, float shrink, float average_rate, size_t n);
+
+/* sum = sum x^2 in float64. */
+enum mg_status mg_sum_squares(double *sum, const float *x, size_t n);

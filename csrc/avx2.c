@@ -219,5 +219,6 @@ const struct mg_kernels mg_avx2 = {
     .attend_range = mg_avx2_attend_range,
     .attend_backward_floats = mg_avx2_attend_backward_floats,
     .attend_backward = mg_avx2_attend_backward,
+    .rows = &mg_avx2_rows,
 };
 #endif

@@ -180,5 +180,6 @@ const struct mg_kernels mg_avx512vnni = {
     .attend_range = mg_avx512_attend_range,
     .attend_backward_floats = mg_avx512_attend_backward_floats,
     .attend_backward = mg_avx512_attend_backward,
+    .rows = &mg_avx512_rows,
 };
 #endif

@@ -13,8 +13,9 @@ from cffi import FFI
 FOLDER = Path(__file__).resolve().parent
 SOURCES = ("dispatch.c", "pool.c", "pack.c", "calls.c", "attention.c", "portable.c", "avx2.c", "avx2attention.c",
            "avx2backward.c", "avx512vnni.c", "avx512attention.c", "avx512backward.c",
-           "product.c", "avx512bf16.c")
-FLAGS = ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-D_GNU_SOURCE"]
+           "product.c", "avx512bf16.c", "training.c", "portablerows.c", "avx2rows.c", "avx512rows.c")
+FLAGS = ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno",
+         "-fvisibility=hidden", "-pthread", "-D_GNU_SOURCE"]
 
 PREAMBLE = """
 #pragma GCC diagnostic ignored "-Wunused-parameter"    /* in the glue that cffi writes, whatever flags are appended */
@@ -28,7 +29,7 @@ ffi.set_source(
     "minigate._kernels",
     PREAMBLE,
     sources=[f"csrc/{name}" for name in SOURCES],
-    depends=[f"csrc/{name}" for name in ("api.h", "kernels.h", "build.py")],
+    depends=[f"csrc/{name}" for name in ("api.h", "kernels.h", "rows.h", "build.py")],
     include_dirs=["csrc"],
     extra_compile_args=FLAGS + shlex.split(os.environ.get("MINIGATE_CFLAGS", "")),
     extra_link_args=["-pthread"] + shlex.split(os.environ.get("MINIGATE_CFLAGS", "")),

@@ -68,6 +68,14 @@ struct mg_attention_range {
     size_t k_row, v_row, first_key, end_key, n_query, n_head, d;
 };
 
+/* Kernels of training, rows.h: work on rows, or elements, first .. end-1 of a job, with scratch memory. */
+typedef void (*mg_row_kernel)(const void *job, size_t first, size_t end, void *room);
+struct mg_rows {
+    mg_row_kernel layer_norm_backward, gelu_backward, column_sums, logit_losses, magnitude, power_sum, power_backward,
+        adamw, squares;
+};
+extern const struct mg_rows mg_portable_rows;
+
 /* The kernels of one instruction set.  Functions see one tile, in one thread. */
 struct mg_kernels {
     const char *name;
@@ -97,12 +105,16 @@ struct mg_kernels {
     /* The backward of a head, with scratch memory. */
     size_t (*attend_backward_floats)(size_t d);
     void (*attend_backward)(const struct mg_attention_gradient *head, float *scratch);
+
+    const struct mg_rows *rows;
 };
 
 extern const struct mg_kernels mg_portable;
 #if defined(__x86_64__)
 extern const struct mg_kernels mg_avx2;
 extern const struct mg_kernels mg_avx512vnni;
+extern const struct mg_rows mg_avx2_rows;
+extern const struct mg_rows mg_avx512_rows;
 size_t mg_avx2_attend_floats(size_t d);
 void mg_avx2_attend(const struct mg_attention_block *block, float *scratch);
 void mg_avx2_attend_range(const struct mg_attention_range *range);

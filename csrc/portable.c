@@ -1,6 +1,6 @@
 /* Plain C: the specification that the other instruction sets are tested against, and what runs on other processors.
    Vectors of 16 bytes are what gcc and clang make of any processor's, or of its scalars. */
-#include "kernels.h"
+#include "rows.h"
 
 #include <math.h>
 #include <string.h>
@@ -160,22 +160,6 @@ static void layer_norm_row(float *out, const float *x, const float *weight, cons
         out[i] = (x[i] - mean) * inverse * weight[i] + bias[i];
 }
 
-/* 2^x for x <= 0; 0 below -126 */
-static inline float exp2_of(float x)
-{
-    static const float c[] = {MG_EXP2_COEFFICIENTS};
-    const float shift = 12582912.0f;
-    float at = x > -126.0f ? x : -126.0f, shifted = at + shift, f = at - (shifted - shift), p = c[5];
-    int32_t n, bits;
-    for (int i = 4; i >= 0; i--)
-        p = p * f + c[i];
-    memcpy(&n, &shifted, sizeof n);
-    memcpy(&bits, &p, sizeof bits);
-    bits += (int32_t)((uint32_t)n << 23);   /* the low bits of the shifted number are the rounded one */
-    memcpy(&p, &bits, sizeof p);
-    return x > -126.0f ? p : 0.0f;
-}
-
 static size_t attend_floats(size_t d) { return (2 * d + MG_KEYS) * LANES; }
 
 /* Scores of keys k0 .. k0+n-1 as base-2 logarithms: p[j][lane], MG_LOWEST where the query does not see the key. */
@@ -205,12 +189,12 @@ static void normalise(float *p, float *top, float *sum, float *scale, size_t n)
         for (int l = 0; l < LANES; l++)
             top[l] = p[j * LANES + l] > top[l] ? p[j * LANES + l] : top[l];
     for (int l = 0; l < LANES; l++) {
-        scale[l] = exp2_of(before[l] - top[l]);
+        scale[l] = mg_exp2(before[l] - top[l]);
         sum[l] *= scale[l];
     }
     for (size_t j = 0; j < n; j++)
         for (int l = 0; l < LANES; l++) {
-            p[j * LANES + l] = exp2_of(p[j * LANES + l] - top[l]);
+            p[j * LANES + l] = mg_exp2(p[j * LANES + l] - top[l]);
             sum[l] += p[j * LANES + l];
         }
 }
@@ -274,12 +258,12 @@ static void attend_keys(float *top, float *sum, float *o, const float *q, const 
         p[j - first] = dot(q, k + j * r->k_row, 0.0f, r->d) * unit;
         *top = p[j - first] > *top ? p[j - first] : *top;
     }
-    float scale = exp2_of(before - *top);
+    float scale = mg_exp2(before - *top);
     *sum *= scale;
     for (size_t i = 0; i < r->d; i++)
         o[i] *= scale;
     for (size_t j = first; j < end; j++) {
-        float weight = exp2_of(p[j - first] - *top);
+        float weight = mg_exp2(p[j - first] - *top);
         *sum += weight;
         for (size_t i = 0; i < r->d; i++)
             o[i] += weight * v[j * r->v_row + i];
@@ -319,7 +303,7 @@ static void query_backward(const struct mg_attention_gradient *h, size_t t)
     for (size_t j = 0; j < n_keys; j++) {
         const float *k = h->k + j * h->k_row;
         float *dk = h->dk + j * h->dense_row, *dv = h->dv + j * h->dense_row;
-        float p = exp2_of((dot(q, k, 0.0f, h->d) * scale - h->lse[t]) * (float)MG_LOG2_E);
+        float p = mg_exp2((dot(q, k, 0.0f, h->d) * scale - h->lse[t]) * (float)MG_LOG2_E);
         float dscore = p * (dot(dout, h->v + j * h->v_row, 0.0f, h->d) - delta) * scale;
         for (size_t i = 0; i < h->d; i++) {
             dq[i] += dscore * k[i];
@@ -356,4 +340,5 @@ const struct mg_kernels mg_portable = {
     .attend_range = attend_range,
     .attend_backward_floats = attend_backward_floats,
     .attend_backward = attend_backward,
+    .rows = &mg_portable_rows,
 };

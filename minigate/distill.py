@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minigate import training_kernels
 from minigate.errors import UsageError
 from minigate.options import Checks
 
@@ -81,6 +82,8 @@ def kl_ce(
     """
     _check_logits(logits, teacher_logits, targets, options)
     dlogits = np.empty_like(logits) if out is None else out
+    if training_kernels.in_c(logits, dlogits):
+        return _kl_ce_in_c(logits, teacher_logits, targets, options, scale, dlogits), dlogits
     scored = np.flatnonzero(targets >= 0)
     dlogits[targets < 0] = 0
     n_rows = max(1, CHUNK_BYTES // (logits.itemsize * logits.shape[1]))
@@ -98,6 +101,18 @@ def kl_ce(
         dlogits[rows] = gradient
     n = max(1, len(scored))
     return (kl / n, ce / n), dlogits
+
+
+def _kl_ce_in_c(logits, teacher_logits, targets, options, scale, dlogits) -> tuple[float, float]:
+    """-> (kl, ce); dlogits is filled. Values are summed in float64."""
+    n, temperature = max(1, np.count_nonzero(targets >= 0)), options.temperature
+    if teacher_logits is not None:
+        teacher_logits = np.ascontiguousarray(teacher_logits, np.float32)
+    values = training_kernels.logit_losses(
+        logits, teacher_logits, targets.astype(np.int64, copy=False), temperature,
+        options.kl_weight * temperature * scale / n, options.ce_weight * scale / n, dlogits)  # fmt: skip
+    kl, ce = values.sum(0) / n
+    return float(temperature**2 * kl), float(ce)
 
 
 def _check_logits(logits, teacher_logits, targets, options) -> None:
@@ -176,10 +191,14 @@ def outlier(a: np.ndarray, tau: float, power: float) -> tuple[float, tuple]:
     log E[(|A| / s)^power]: the mean's terms are at most 1 and one is 1, so that nothing overflows.
     """
     flat = a.reshape(-1)
-    largest = float(max(flat.max(), -flat.min()))
+    in_c = _in_c(a, power)
+    largest = training_kernels.magnitude(a) if in_c else float(max(flat.max(), -flat.min()))
     if largest == 0:
         return 0.0, (a, 0.0, 0.0, power)
-    total = sum(float(_power(r, power).sum(dtype=np.float64)) for r in _blocks(flat, largest))
+    if in_c:
+        total = training_kernels.power_sum(a, largest, int(power))
+    else:
+        total = sum(float(_power(r, power).sum(dtype=np.float64)) for r in _blocks(flat, largest))
     log_m = power * math.log(largest / tau) + math.log(total / flat.size) if math.isfinite(total) else math.nan
     share = 0.5 + 0.5 * math.tanh(0.5 * log_m)  # m / (1 + m)
     value = max(log_m, 0.0) + math.log1p(math.exp(-abs(log_m)))  # log(1 + m)
@@ -189,6 +208,8 @@ def outlier(a: np.ndarray, tau: float, power: float) -> tuple[float, tuple]:
 def outlier_backward(dvalue: float, cache: tuple) -> np.ndarray:
     """dvalue, a number -> dA = dvalue * power * m / (1 + m) * sign(A) |A|^(power - 1) / sum |A|^power, like A."""
     a, largest, share, power = cache
+    if largest != 0 and _in_c(a, power):
+        return training_kernels.power_backward(a, largest, dvalue * power * share / largest, int(power))
     flat, da = a.reshape(-1), np.zeros(a.size, a.dtype)
     if largest == 0:
         return da.reshape(a.shape)
@@ -207,6 +228,11 @@ def _blocks(flat, largest):
         with np.errstate(invalid="ignore"):  # infinity / infinity: NaN, which the loss then shows
             r /= largest
         yield r
+
+
+def _in_c(a, power: float) -> bool:
+    """Whether the kernels take it: powers that are whole numbers."""
+    return power <= 16 and float(power).is_integer() and training_kernels.in_c(a)
 
 
 def _power(r, power: float):

@@ -8,7 +8,7 @@ B batch, T time, D n_state, K inputs, N outputs, C channels in, V n_vocab. A lea
 
 import numpy as np
 
-from minigate import backward, kernels, training_kernels
+from minigate import kernels, training_kernels
 from minigate.ops import CONV_WIDTH, conv_matrix, conv_rows
 
 
@@ -23,7 +23,7 @@ def linear_backward(dy, cache):
     x, weight, has_bias, bf16 = cache
     dy, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     dx = training_kernels.product_nn(dy, weight, bf16).reshape(x.shape)
-    return dx, training_kernels.product_tn(dy, rows, bf16), dy.sum(0) if has_bias else None
+    return dx, training_kernels.product_tn(dy, rows, bf16), training_kernels.column_sums(dy) if has_bias else None
 
 
 def conv1d(x, weight, bias, stride, bf16=False):
@@ -50,7 +50,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
 def layer_norm_backward(dy, cache):
     """dy (…, D) -> dx (…, D), dweight (D,), dbias (D,)."""
-    return backward.layer_norm_backward(dy, *cache)
+    return training_kernels.layer_norm_backward(dy, *cache)
 
 
 def gelu(x):
@@ -60,7 +60,7 @@ def gelu(x):
 
 def gelu_backward(dy, x):
     """dy -> dx = dy (Φ(x) + x φ(x)), φ the normal density."""
-    return backward.gelu_backward(dy, x)
+    return training_kernels.gelu_backward(dy, x)
 
 
 def embedding(tokens, table):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minigate import training_kernels
 from minigate.errors import FileError
 from minigate.options import Checks
 
@@ -72,6 +73,8 @@ def is_decayed(name: str, parameter: np.ndarray) -> bool:
 
 def sum_squares(x: np.ndarray) -> float:
     """The sum of x², in float64 whatever x is."""
+    if training_kernels.in_c(x):
+        return training_kernels.sum_squares(x)
     flat, wide = x.reshape(-1), np.empty(SUM_BLOCK, np.float64)
     total = 0.0
     for start in range(0, flat.size, SUM_BLOCK):
@@ -170,10 +173,12 @@ class AdamW:
         root1, root2 = math.sqrt(1 - o.beta2), math.sqrt(1 - o.beta2**t)
         for name, p in self.params.items():
             own_lr = gate_lr if is_gate(name) else lr
-            adamw(
+            gradient = np.asarray(grads[name], p.dtype).reshape(-1)
+            update = training_kernels.adamw if training_kernels.in_c(p, gradient) else adamw
+            update(
                 *(a.reshape(-1) for a in (p, self.m[name], self.v[name])),
                 self.average[name].reshape(-1) if self.average else None,
-                np.asarray(grads[name], p.dtype).reshape(-1),
+                gradient,
                 beta1=o.beta1,
                 beta2=o.beta2,
                 g_mean=(1 - o.beta1) * scale,

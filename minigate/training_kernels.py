@@ -24,8 +24,9 @@ from minigate.kernels import (  # the other half of the door
 )
 
 if compiled:
-    from minigate._kernels import lib
+    from minigate._kernels import ffi, lib
 
+I64 = np.dtype(np.int64)
 F32_ZERO = np.zeros((), F32)
 
 
@@ -126,3 +127,105 @@ def product_tn(dy, x, bf16=False) -> np.ndarray:
     if bf16 and _in_c(dy) and lib.mg_has_bf16():
         return _product(dy, x, None, (1, n), (1, k), (n, k, m))
     return backward.product_tn(dy, x, bf16 and not _in_c(dy))
+
+
+# ---- layer norm, GELU, bias ----
+
+
+def layer_norm_backward(dy, x, weight, eps=1e-5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """dy x (…, D), weight (D,) -> dx (…, D), dweight (D,), dbias (D,)."""
+    dtype = _float_type("x", x)
+    x = _array("x", x, x.shape, dtype)
+    n = x.shape[-1]
+    dy, weight = _array("dy", dy, x.shape, dtype), _array("weight", weight, (n,), dtype)
+    if not _in_c(x):
+        return backward.layer_norm_backward(dy, x, weight, eps)
+    dx, sums = np.empty(x.shape, F32), np.empty((2, n), F32)
+    _check(lib.mg_layer_norm_backward(*map(_floats, (dx, sums, dy, x, weight)), eps, x.size // n if n else 0, n))
+    return dx, sums[0], sums[1]
+
+
+def gelu_backward(dy, x) -> np.ndarray:
+    """dy x of any shape -> dx = dy (Φ(x) + x φ(x))."""
+    dtype = _float_type("x", x)
+    x = _array("x", x, x.shape, dtype)
+    dy = _array("dy", dy, x.shape, dtype)
+    if not _in_c(x):
+        return backward.gelu_backward(dy, x)
+    dx = np.empty(x.shape, F32)
+    _check(lib.mg_gelu_backward(*map(_floats, (dx, dy, x)), x.size))
+    return dx
+
+
+def column_sums(x) -> np.ndarray:
+    """x (M, N) -> (N,), the gradient of a bias."""
+    x = _matrix("x", x, None, _float_type("x", x))
+    if not _in_c(x):
+        return x.sum(0)
+    sums = np.empty(x.shape[1], F32)
+    _check(lib.mg_column_sums(_floats(sums), _floats(x), *x.shape))
+    return sums
+
+
+# ---- losses ----
+
+
+def logit_losses(logits, teacher, targets, temperature: float, kl_scale: float, ce_scale: float, out) -> np.ndarray:
+    """logits (M, V), teacher (M, V) or None, targets (M,) int64 -> values (M, 2) float64 of each row.
+
+    With p, q the softmax of logits and teacher over the temperature and s that of logits: values are Σ q (ln q - ln p)
+    and -ln s[target]; out (M, V), which may be logits, receives kl_scale (p - q) + ce_scale (s - onehot(target)). Rows
+    with a target below 0 get zeros. float32 and in C only: distill.kl_ce has the formula for the rest."""
+    m, n = logits.shape
+    logits, out = (_array(name, x, (m, n), F32) for name, x in (("logits", logits), ("out", out)))
+    teacher = _optional("teacher", teacher, (m, n), F32)
+    values = np.empty((m, 2), np.float64)
+    _check(lib.mg_logit_losses(_floats(out), ffi.from_buffer("double[]", values), _floats(logits), _floats(teacher),
+                               ffi.from_buffer("int64_t[]", _array("targets", targets, (m,), I64)), temperature,
+                               kl_scale, ce_scale, m, n))  # fmt: skip
+    return values
+
+
+def magnitude(a) -> float:
+    """The largest |a|, NaN if an element is not finite; a float32, in C only, as the next two."""
+    largest = ffi.new("float *")
+    _check(lib.mg_magnitude(largest, _floats(a), a.size))
+    return largest[0]
+
+
+def power_sum(a, largest: float, power: int) -> float:
+    """Σ (|a| / largest)^power."""
+    total = ffi.new("double *")
+    _check(lib.mg_power_sum(total, _floats(a), largest, power, a.size))
+    return total[0]
+
+
+def power_backward(a, largest: float, factor: float, power: int) -> np.ndarray:
+    """factor sign(a) (|a| / largest)^(power - 1)."""
+    da = np.empty(a.shape, F32)
+    _check(lib.mg_power_backward(_floats(da), _floats(a), largest, factor, power, a.size))
+    return da
+
+
+# ---- optimizer ----
+
+
+def in_c(*arrays) -> bool:
+    """Whether these can go to the kernels above that are in C only: dense, float32, and the extension in use."""
+    return all(a.dtype == F32 and a.flags.c_contiguous for a in arrays) and _in_c(F32_ZERO)
+
+
+def adamw(p, m, v, average, g, *, beta1, beta2, g_mean, g_root, step, eps, shrink, average_rate) -> None:
+    """optim.adamw on float32 arrays (n,) that are dense, bit for bit the same, in C only."""
+    for name, x in (("m", m), ("v", v), ("g", g)):
+        _array(name, x, p.shape, F32)
+    _optional("average", average, p.shape, F32)
+    _check(lib.mg_adamw(*map(_floats, (p, m, v, average, g)), beta1, beta2, g_mean, g_root, step, eps, shrink,
+                        average_rate, p.size))  # fmt: skip
+
+
+def sum_squares(x) -> float:
+    """Σ x² in float64; x float32, dense, in C only."""
+    total = ffi.new("double *")
+    _check(lib.mg_sum_squares(total, _floats(x), x.size))
+    return total[0]
