@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
@@ -28,6 +29,14 @@ class OptionalBuild(build_ext):
             reason = str(error).partition("\n")[0][:160]
             print(f"WARNING: minigate is installed without its C extension and will be slow: {reason}", file=sys.stderr)
             self.extensions = []
+            self.distribution.minigate_on_numpy = True
+
+
+class TaggedWheel(bdist_wheel):
+    """bdist_wheel that names a wheel without the extension py3-none-any, so that it cannot pass for one with it."""
+
+    def get_tag(self):
+        return ("py3", "none", "any") if getattr(self.distribution, "minigate_on_numpy", False) else super().get_tag()
 
 
 def version() -> str:
@@ -56,7 +65,7 @@ setup(
     package_dir={"minigate.weights": "weights"},
     package_data={"minigate": ["vocab/*.gz", "vocab/*.md"], "minigate.weights": ["*.safetensors", "*.md", "*.wav"]},
     cffi_modules=["csrc/build.py:ffi"],
-    cmdclass={"build_ext": OptionalBuild},
+    cmdclass={"build_ext": OptionalBuild, "bdist_wheel": TaggedWheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     zip_safe=False,
 )

@@ -148,11 +148,9 @@ static void watch_forks(void) { pthread_atfork(NULL, NULL, in_child); }
 /* Brings the number of workers to what is wanted, as far as the system grants threads.  The caller holds busy. */
 static void resize(void)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
     size_t target = atomic_load(&pool.wanted) - 1;
     pthread_attr_t attr;
     sigset_t all, before;
-    pthread_once(&once, watch_forks);
     if (pool.running > target) {
         atomic_store(&pool.stop, 1);
         announce();
@@ -217,8 +215,10 @@ size_t mg_threads(void) { return atomic_load(&pool.wanted); }
 
 enum mg_status mg_set_threads(size_t n)
 {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
     if (n < 1 || n > MG_MAX_THREADS)
         return MG_BAD_VALUE;
+    pthread_once(&once, watch_forks);   /* before the first lock, which a child would inherit locked */
     pthread_mutex_lock(&pool.busy);
     atomic_store(&pool.wanted, n);
     if (pool.running > n - 1)

@@ -130,10 +130,19 @@ def check_tensors(where: str | Path, tensors: Mapping[str, np.ndarray],
         if (len(got) != 1 if shape is None else got != shape) or dtype.name not in dtypes:
             text = f"{'(n,)' if shape is None else shape} {' or '.join(dtypes)}"
             raise FileError(f"{where}: tensor {name}: expected {text}, got {show(got)} {dtype}")
+        if kind == "float" and not _all_finite(tensors[name]):
+            raise FileError(f"{where}: tensor {name}: expected finite values, got NaN or infinity")
         if kind == "int8" and tensors[name].min() < -127:
             raise FileError(f"{where}: tensor {name}: expected values from -127 to 127, got -128")
         if kind == "float32" and not (np.isfinite(tensors[name]).all() and (tensors[name] > 0).all()):
             raise FileError(f"{where}: tensor {name}: expected positive finite scales, got {np.min(tensors[name])}")
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    """float32 or float16: NaN passes through min and max, and float16's bits are faster to look at than its values."""
+    if array.dtype == np.float16:
+        return not ((array.view(np.uint16) & 0x7C00) == 0x7C00).any()
+    return not array.size or bool(np.isfinite(array.min()) and np.isfinite(array.max()))
 
 
 def check_metadata(where: str | Path, metadata: Mapping) -> None:

@@ -8,7 +8,7 @@ Shapes: M rows, K inputs, N outputs, B batch, T time, D n_state, H n_head.
 """
 
 import os
-import sys
+import warnings
 
 import numpy as np
 
@@ -82,7 +82,7 @@ def isa() -> str:
     if not _isa:
         use_isa(os.environ.get("MINIGATE_ISA", ""))
         if not compiled:
-            print(f"minigate: no C extension ({_missing}); running on NumPy, which is slow", file=sys.stderr)
+            warnings.warn(f"no C extension ({_missing}); running on NumPy, which is slow", stacklevel=2)
     return _isa
 
 
@@ -90,8 +90,8 @@ def set_threads(n: int | None = None) -> int:
     """Shares kernels, and BLAS if it is an OpenBLAS, among n threads (None: the cores this process may use); -> n."""
     global _n_threads
     n = _threads.available() if n is None else n
-    if not 1 <= n <= MAX_THREADS:
-        raise UsageError(f"threads: expected 1 to {MAX_THREADS}, got {n}")
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_THREADS:
+        raise UsageError(f"threads: expected 1 to {MAX_THREADS}, got {n!r}")
     if compiled:
         _check(lib.mg_set_threads(n))
     _threads.limit_blas(n)

@@ -305,20 +305,28 @@ def weights_folder() -> Path:
 
 def find(name_or_path: str | Path | None = None) -> Path:
     """The path of a model file, or of an embedded model by its name. FileError lists the names there are."""
-    wanted = Path(name_or_path or DEFAULT_MODEL)
+    wanted = Path(DEFAULT_MODEL if name_or_path is None else name_or_path)
     embedded = weights_folder() / f"{wanted}.safetensors"
-    if wanted.is_file():
-        return wanted
-    if wanted.parent == Path() and embedded.is_file():
-        return embedded
+    try:
+        if wanted.is_file():
+            return wanted
+        if name_or_path != "" and wanted.parent == Path() and embedded.is_file():
+            return embedded
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise FileError(f"model: expected a model file, got {str(name_or_path)!r}: {error.strerror}") from None
     names = ", ".join(sorted(p.stem for p in weights_folder().glob("*.safetensors"))) or "none"
     raise FileError(f"model: expected a model file or an embedded model ({names}), got {str(name_or_path)!r}")
 
 
 def load(name_or_path: str | Path | None = None, threads: int | None = None) -> Model:
-    """Load a model file or an embedded model by name. `threads`: default all cores this process may use."""
-    path = find(name_or_path)
-    file = checkpoint.read(path)
+    """Load a model file or an embedded model by name (None: the default one).
+
+    threads: of the whole process, for all models; None leaves them as they are, at first all cores this process may
+    use. Raises FileError for the model, UsageError for threads or MINIGATE_ISA.
+    """
+    kernels.isa()
     if threads is not None:
         kernels.set_threads(threads)
+    path = find(name_or_path)
+    file = checkpoint.read(path)
     return Model(file.metadata, file.tensors, name=path.stem)

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from numpy.linalg import _umath_linalg
-
 # OpenBLAS as NumPy's wheels bundle it (64 and 32 bit integers), and as systems install it
 OPENBLAS_NAMES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads",
                   "openblas_{}_num_threads64_", "openblas_{}_num_threads")
@@ -29,8 +27,10 @@ def available() -> int:
 def blas_functions() -> tuple[Callable, Callable] | None:
     """(set, get) the number of threads of the OpenBLAS that NumPy is linked to; None for any other library."""
     try:
+        from numpy.linalg import _umath_linalg  # private: a NumPy without it keeps its own number of threads
+
         library = ctypes.CDLL(_umath_linalg.__file__)   # loaded already; its dependencies are searched with it
-    except OSError:
+    except (ImportError, OSError):
         return None
     for name in OPENBLAS_NAMES:
         try:

@@ -10,15 +10,20 @@ Positions within a window are in timestamp steps of 0.02 s, `seek` in mel frames
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 
 import numpy as np
 
 from minigate.decoding import DecodingResult, decode, detect_language
+from minigate.errors import FileError, UsageError
 from minigate.mel import HOP_LENGTH, N_FRAMES, SAMPLE_RATE, MelWindows
 from minigate.options import TranscribeOptions
 from minigate.result import Result, Segment
 from minigate.rules import suppressed_tokens
 
+FRAMES_PER_POSITION = 2  # of mel per position of the encoder
+VARIABLE_STEP = SAMPLE_RATE // HOP_LENGTH  # mel frames, 1 s: to which a variable context is rounded up
+LEAST_TEXT_CTX = 16  # positions of the decoder: the opening and a few words
 RELIABLE_TEMPERATURE = 0.5  # text decoded at a higher one is no prompt for what follows
 
 
@@ -36,6 +41,10 @@ def transcribe(
     segment as it is found, on_progress after each window with the seconds done and those in all (None: not yet known).
     Raises UsageError for an option, FileError for the recording.
     """
+    unknown = options.keys() - {field.name for field in fields(TranscribeOptions)}
+    if unknown:
+        names = ", ".join(field.name for field in fields(TranscribeOptions))
+        raise UsageError(f"options: expected some of {names}, got {', '.join(sorted(unknown))}")
     transcription = Transcription(model, audio, TranscribeOptions(**options))
     for segments in transcription.by_window():
         for segment in segments if on_segment else ():
@@ -46,7 +55,12 @@ def transcribe(
 
 
 def check_options(model, options: TranscribeOptions) -> None:
-    """Raise UsageError for what this model cannot do: a language or task it was not trained on, tokens it lacks."""
+    """Raise UsageError for what this model cannot do: a language or task it was not trained on, tokens it lacks; and
+    FileError for a model that no recording fits."""
+    n_audio, n_text = model.dims.n_audio_ctx, model.dims.n_text_ctx
+    if n_audio != N_FRAMES // FRAMES_PER_POSITION or n_text < LEAST_TEXT_CTX:
+        wanted = f"n_audio_ctx {N_FRAMES // FRAMES_PER_POSITION} and n_text_ctx of at least {LEAST_TEXT_CTX}"
+        raise FileError(f"model: expected {wanted}, got {n_audio} and {n_text}")
     language = options.language or model.tokenizer.all_language_codes[0]
     model.tokenizer.sot_sequence(language, options.task)
     suppressed_tokens(model, options.suppress_tokens)
@@ -105,10 +119,17 @@ class Transcription:
         return max(self.language_probs, key=self.language_probs.get)
 
     def _listen(self, mel: np.ndarray) -> np.ndarray:
-        """mel (n_mels, 3000) -> xa (1, T, D). The window that the language was heard in is not encoded again."""
+        """mel (n_mels, frames) -> xa (1, T, D). The window that the language was heard in is not encoded again."""
         if self._encoded is None or not np.array_equal(self._encoded[0], mel):
             self._encoded = mel, self.model.encode(mel[None])
         return self._encoded[1]
+
+    def _context(self, n_frames: int) -> int:
+        """Mel frames that the encoder is given for so many of content: all 3000, or, where the model was trained so,
+        the content's whole seconds, rounded up, 2 at least."""
+        if self.model.metadata.get("audio_context") != "variable":
+            return N_FRAMES
+        return min(N_FRAMES, VARIABLE_STEP * max(2, -(-n_frames // VARIABLE_STEP)))
 
     def _encode(self, text: str | None) -> list[int]:
         text = (text or "").strip()
@@ -127,7 +148,7 @@ class Transcription:
         """Decode the window at `seek`, and move `seek` and the previous text on."""
         mel, n_frames = self.windows.window(self.seek)
         seek = self.seek
-        found = self._decode(self._listen(mel))
+        found = self._decode(self._listen(mel[:, : self._context(n_frames)]))
         if is_silence(found, self.options):
             self.seek += n_frames
             return []

@@ -174,7 +174,9 @@ class _Machine:
             raise FileError(f"expected a checkpoint that only builds tensors, got {name} {show(argument)}")
 
     def pop_to_mark(self) -> list:
-        at = max(i for i, item in enumerate(self.stack) if item is MARK)
+        at = len(self.stack) - 1
+        while self.stack[at] is not MARK:  # below 0 it goes round once more, then off the list: IndexError
+            at -= 1
         items = self.stack[at + 1:]
         del self.stack[at:]
         return items

@@ -148,6 +148,17 @@ def test_deviations_are_refused_in_writing_and_reading(tmp_path, change, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_refused(dtype, value):
+    metadata, tensors = toy_model()
+    for name in (BIAS, "decoder.token_embedding.weight"):
+        array = tensors[name].astype(dtype)
+        array.flat[-1] = value
+        with pytest.raises(FileError, match=f"model: tensor {name}: expected finite values, got NaN or infinity"):
+            checkpoint.check(metadata, {**tensors, name: array})
+
+
 @pytest.mark.parametrize("name, array, said", [
     ("encoder.conv1.weight", np.full((32, 8, 3), -128, np.int8), "expected values from -127 to 127, got -128"),
     ("encoder.conv1.weight", np.zeros((32, 8, 3), np.float32), r"expected \(32, 8, 3\) int8, got"),

@@ -1,10 +1,13 @@
 """The network against its formulas in float64, stage by stage; the cache; what it refuses."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from minigate import attention
-from minigate.model import Model, find
+from minigate.model import Model, find, load
 from minigate.quantize import dequantize, quantize_dynamic
 from tests.toy import DIMS, Plain, toy_model
 
@@ -93,6 +96,22 @@ def test_variable_context_takes_shorter_windows():
     close(Model({**metadata, "audio_context": "variable"}, tensors).encode(mel), Plain(metadata, tensors).encode(mel))
 
 
+def test_two_threads_and_a_forked_child_share_a_model():
+    model = Model(*quantize_dynamic(*toy_model()))
+    mel, tokens = inputs()
+    expected = model.decode(tokens, model.start(model.encode(mel)))
+
+    def once(_):
+        return np.array_equal(model.decode(tokens, model.start(model.encode(mel))), expected)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(once, range(20)))
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if once(0) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_too_many_tokens_are_refused():
     model = Model(*toy_model())
     cache = model.start(model.encode(inputs()[0]))
@@ -103,5 +122,14 @@ def test_too_many_tokens_are_refused():
 
 
 def test_an_unknown_model_names_the_embedded_ones():
-    with pytest.raises(ValueError, match="model: expected a model file or an embedded model .*got 'huge.xx'"):
-        find("huge.xx")
+    for name in ("huge.xx", "", "no/such/file"):
+        with pytest.raises(ValueError, match=f"model: expected a model file or an embedded model .*got '{name}'"):
+            find(name)
+    with pytest.raises(ValueError, match="model: expected a model file, got 'xxx.*: File name too long"):
+        find("x" * 300)
+
+
+@pytest.mark.parametrize("threads", [0, 2.5, "2", True, 10**6])
+def test_threads_out_of_range(threads):
+    with pytest.raises(ValueError, match="threads: expected 1 to 256, got "):
+        load(threads=threads)

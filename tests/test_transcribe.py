@@ -299,8 +299,26 @@ def test_what_a_model_cannot_do_is_said_before_the_recording_is_opened():
             transcribe(model, "no such file", **options)
     with pytest.raises(FileError, match="no such file"):
         transcribe(model, "no such file", language="English")
-    with pytest.raises(TypeError, match="beams"):
+    with pytest.raises(UsageError, match="options: expected some of language, .*, got beams"):
         transcribe(model, 3000, beams=5)
+    for n_audio_ctx, n_text_ctx in ((1000, 448), (1500, 8)):
+        model = ScriptedModel(lambda *_: {}, n_text_ctx=n_text_ctx)
+        model.dims.n_audio_ctx = n_audio_ctx
+        said = f"model: expected n_audio_ctx 1500 and n_text_ctx of at least 16, got {n_audio_ctx} and {n_text_ctx}"
+        with pytest.raises(FileError, match=said):
+            transcribe(model, np.zeros(3000, np.float32))
+
+
+@pytest.mark.parametrize(("frames", "context"), [(30, 200), (200, 200), (201, 300), (2999, 3000), (3000, 3000)])
+def test_a_model_of_variable_context_hears_whole_seconds(frames, context):
+    model, heard = ScriptedModel(lambda *_: {T.eot: 5.0}), []
+    model.encode = lambda mel: heard.append(mel.shape[2]) or np.zeros((1, 1500, 2), np.float32)
+    audio = np.random.default_rng(0).standard_normal(160 * frames).astype(np.float32)
+    transcribe(model, audio)
+    assert heard == [3000]
+    model.metadata = {**model.metadata, "audio_context": "variable"}
+    transcribe(model, audio)
+    assert heard[1:] == [context]
 
 
 # --- calls back

@@ -2,7 +2,7 @@
 """Make the embedded default model: a float model file -> `w8a8-dynamic`, weights per channel.
 
 usage: python -m minigate.convert tiny.en.pt tiny.en.safetensors
-       python tools/make_embedded.py tiny.en.safetensors weights/tiny.en-w8a8-dynamic.safetensors
+       python tools/make_embedded.py --license MIT tiny.en.safetensors weights/tiny.en-w8a8-dynamic.safetensors
 """
 
 import argparse
@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a float model file, made by python -m minigate.convert")
     parser.add_argument("output", help="the quantized model file")
+    parser.add_argument("--license", help="of the weights, for the file's provenance (default: what the source says)")
     args = parser.parse_args(argv)
     try:
         file = checkpoint.read(args.source)
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         metadata["name"] = Path(args.output).stem
         metadata["provenance"] = {
             **metadata["provenance"],
-            "license": "MIT",
+            **({"license": args.license} if args.license else {}),
             "quantized_by": f"python tools/make_embedded.py {Path(args.source).name} {Path(args.output).name}",
         }
         checkpoint.write(args.output, metadata, tensors)

@@ -1,0 +1,93 @@
+"""The integer operators against the formula of their scheme in NumPy: per channel, per tensor, and with layers kept
+in float."""
+
+import numpy as np
+import pytest
+
+from minigate import int8, ops
+from minigate.quantize import quantize_dynamic, quantize_weight
+from tests.toy import DIMS, toy_model
+
+RTOL = 2e-6  # float32 rounding of scale * integer
+D = DIMS["n_audio_state"]
+LINEAR, CONV, EMBEDDING = "encoder.blocks.0.mlp.0", "encoder.conv2", "decoder.token_embedding"
+
+
+def quantized(weights, keep_float=()):
+    """Metadata and tensors of a toy model, per channel or per tensor, some layers left in float."""
+    metadata, tensors = toy_model()
+    new_metadata, new = quantize_dynamic(metadata, tensors)
+    for name in [n for n in new if n.endswith(".scale")]:
+        layer = name.removesuffix(".scale")
+        if layer in keep_float:
+            del new[name]
+            new[f"{layer}.weight"] = tensors[f"{layer}.weight"]
+        elif weights == "per-tensor":
+            new[f"{layer}.weight"], new[name] = quantize_weight(tensors[f"{layer}.weight"], per_channel=False)
+    return new_metadata, new, int8.Dynamic(new_metadata, new)
+
+
+def rounded(x):
+    """x (…, K), each row rounded to 127 steps either way of its largest magnitude."""
+    step = np.abs(x).max(-1, keepdims=True) / 127
+    return np.rint(x / step) * step
+
+
+def weight(tensors, layer):
+    """The layer's weights in float64 as the file says: scale * q."""
+    w = tensors[f"{layer}.weight"].astype(np.float64)
+    scale = np.float64(tensors[f"{layer}.scale"])
+    return w * scale.reshape(scale.shape + (1,) * (w.ndim - 1 if scale.ndim else 0))
+
+
+def close(got, expected):
+    np.testing.assert_allclose(got, expected, rtol=0, atol=RTOL * np.abs(expected).max())
+
+
+def activation(seed=0, shape=(2, 5, D)):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("weights", ["per-channel", "per-tensor"])
+def test_linear_is_its_formula(weights):
+    _, tensors, dynamic = quantized(weights)
+    x, residual = activation(), activation(1, (2, 5, 4 * D))
+    y = rounded(x.astype(np.float64)) @ weight(tensors, LINEAR).T + tensors[f"{LINEAR}.bias"]
+    close(dynamic.linear(LINEAR, x), y)
+    close(dynamic.linear(LINEAR, dynamic.rows(x)), y)
+    close(dynamic.linear(LINEAR, x, residual=residual), y + residual)
+
+
+@pytest.mark.parametrize("weights", ["per-channel", "per-tensor"])
+def test_conv_is_its_formula(weights):
+    _, tensors, dynamic = quantized(weights)
+    x = activation(shape=(2, 7, D))
+    rows = rounded(ops.conv_rows(x.astype(np.float64), 2))
+    y = rows @ ops.conv_matrix(weight(tensors, CONV)).T + tensors[f"{CONV}.bias"]
+    from scipy.special import ndtr
+
+    close(dynamic.conv(CONV, x, 2), y * ndtr(y))
+
+
+@pytest.mark.parametrize("weights", ["per-channel", "per-tensor"])
+def test_embedding_and_logits_share_a_table(weights):
+    _, tensors, dynamic = quantized(weights)
+    table, tokens = weight(tensors, EMBEDDING), np.array([[0, 7, 299]])
+    positions = tensors["decoder.positional_embedding"][4:7].astype(np.float64)
+    close(dynamic.embed(tokens, 4), table[tokens] + positions)
+    x = activation()
+    close(dynamic.logits(x), rounded(x.astype(np.float64)) @ table.T)
+
+
+@pytest.mark.parametrize("layer", [LINEAR, CONV, EMBEDDING])
+def test_a_layer_kept_in_float_computes_as_float(layer):
+    metadata, tensors, dynamic = quantized("per-channel", {layer})
+    plain = ops.Float({**metadata, "quantization": None}, dict(toy_model()[1]))
+    x = activation()
+    if layer == CONV:
+        np.testing.assert_array_equal(dynamic.conv(layer, x, 2), plain.conv(layer, x, 2))
+    elif layer == EMBEDDING:
+        np.testing.assert_array_equal(dynamic.embed(np.array([[3, 5]]), 0), plain.embed(np.array([[3, 5]]), 0))
+        np.testing.assert_array_equal(dynamic.logits(x), plain.logits(x))
+    else:
+        np.testing.assert_array_equal(dynamic.linear(layer, dynamic.rows(x)), plain.linear(layer, x))
