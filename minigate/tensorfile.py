@@ -3,6 +3,9 @@
 In: a file. Out: the header's string pairs, and read-only arrays that share the file's memory (bfloat16 is widened to
 float32 on access). Layout: N (8 bytes, little-endian), N bytes of JSON {name: {dtype, shape, data_offsets}}, then the
 data in one piece without gaps. Source: https://github.com/huggingface/safetensors (format section of its README).
+
+Files written here hold among the string pairs the CRC-32 of the whole file (with zeros in its own place), so that a bit
+that changed anywhere is noticed; files without one, from elsewhere, are read without that check.
 """
 import json
 import math
@@ -11,6 +14,7 @@ import os
 import reprlib
 import secrets
 import stat
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -27,6 +31,7 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8",
           "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "i1", "U8": "u1", "BOOL": "?"}
 _SHORT = reprlib.Repr()  # bounded in depth and breadth: a few bytes of a file can describe an endless value
 _SHORT.maxstring, _SHORT.maxother = 160, 80
+NO_CHECKSUM = b'"crc32":"00000000"'  # in the header, in whose place the checksum is written
 CODES = {np.dtype(text): code for code, text in DTYPES.items() if code != "BF16"}
 
 
@@ -99,9 +104,20 @@ def read(path: str | Path) -> tuple[dict[str, str], LazyTensors]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileError(f"{path}: header: __metadata__: expected strings by name, got {show(metadata)}")
     data = raw[start:]
+    checksum = metadata.pop("crc32", None)
     spans = {name: _span(f"{path}: header: tensor {show(name)}", entry) for name, entry in header.items()}
     _check_tiling(path, spans, data.size)
+    if checksum is not None:
+        own = _checksum(checksum)
+        got = zlib.crc32(data, zlib.crc32(raw[:start].tobytes().replace(own, NO_CHECKSUM, 1)))
+        if own != _checksum(f"{got:08x}"):
+            raise FileError(f"{path}: expected the CRC-32 {show(checksum)}, got {got:08x}: the file was altered")
     return metadata, LazyTensors({name: _entry(data, *span) for name, span in spans.items()})
+
+
+def _checksum(digits: str) -> bytes:
+    """The header's bytes that name the checksum."""
+    return NO_CHECKSUM.replace(b"00000000", digits.encode(errors="replace"))
 
 
 def _header(path: str | Path, raw: np.ndarray) -> tuple[dict, int]:
@@ -182,17 +198,23 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping
     float_dtype: "float32" or "float16" converts every floating tensor. progress is called with the bytes of each
     tensor written. Raises FileError: folder or disk unwritable, dtype unknown to the format, value not finite.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays, what it points to is written
+    if path.exists() and not path.is_file():
+        raise FileError(f"{path}: cannot be written: expected a regular file in its place or none")
     header, order = _plan(path, tensors, metadata, float_dtype)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(header)
+            crc = zlib.crc32(header)
             for name in order:
-                stored = _stored(path, name, tensors[name], float_dtype)
-                file.write(stored.reshape(-1).view(np.uint8))
+                stored = _stored(path, name, tensors[name], float_dtype).reshape(-1).view(np.uint8)
+                file.write(stored)
+                crc = zlib.crc32(stored, crc)
                 if progress:
                     progress(stored.nbytes)
+            file.seek(header.index(NO_CHECKSUM))
+            file.write(_checksum(f"{crc:08x}"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -214,7 +236,7 @@ def _plan(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
             raise FileError(f"{path}: tensor {show(name)}: expected a dtype that safetensors knows, got {dtype}")
         kinds[name] = dtype, shape
     order = sorted(kinds, key=lambda name: -kinds[name][0].itemsize)  # so that every tensor is aligned
-    header, at = {"__metadata__": dict(metadata)}, 0
+    header, at = {"__metadata__": {"crc32": "0" * 8, **metadata}}, 0
     for name in order:
         dtype, shape = kinds[name]
         end = at + math.prod(shape) * dtype.itemsize

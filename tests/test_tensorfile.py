@@ -231,7 +231,7 @@ def test_unwritable_folders(tmp_path):
     with pytest.raises(FileError, match="file/a: cannot be written: Not a directory"):
         tensorfile.write(tmp_path / "file" / "a", {}, {})
     (tmp_path / "folder").mkdir()
-    with pytest.raises(FileError, match="folder: cannot be written: Is a directory"):
+    with pytest.raises(FileError, match="folder: cannot be written: expected a regular file"):
         tensorfile.write(tmp_path / "folder", {}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
@@ -265,3 +265,31 @@ def test_show_is_short_and_on_one_line():
 def test_path_or_text(tmp_path):
     tensorfile.write(str(tmp_path / "a"), {"x": np.int8([1])}, {})
     assert tensorfile.read(str(Path(tmp_path) / "a"))[1]["x"].tolist() == [1]
+
+
+def test_a_changed_bit_anywhere_is_noticed(tmp_path):
+    path = tmp_path / "whole.safetensors"
+    tensorfile.write(path, {"a": np.arange(40, dtype=np.int16)}, {"note": "a model's scale is 0.5"})
+    metadata, tensors = tensorfile.read(path)
+    assert metadata == {"note": "a model's scale is 0.5"} and tensors["a"][39] == 39
+    whole = path.read_bytes()
+    for changed in (whole.replace(b"0.5", b"0.6"), whole[:-1] + b"\1", whole.replace(b"note", b"nota")):
+        path.write_bytes(changed)
+        with pytest.raises(FileError, match="whole.safetensors: expected the CRC-32 '.*', got .*: the file was alt"):
+            tensorfile.read(path)
+    for digits in ("zzzzzzzz", "", "\ud800"):
+        changed = json.dumps({"__metadata__": {"crc32": digits}}).encode()
+        path.write_bytes(len(changed).to_bytes(8, "little") + changed)
+        with pytest.raises(FileError, match="expected the CRC-32"):
+            tensorfile.read(path)
+
+
+def test_a_link_stays_and_a_device_is_not_replaced(tmp_path):
+    link, target = tmp_path / "link", tmp_path / "target"
+    link.symlink_to(target)
+    tensorfile.write(link, {"a": np.zeros(1, np.int8)}, {})
+    assert link.is_symlink() and target.is_file()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileError, match="pipe: cannot be written: expected a regular file in its place or none"):
+        tensorfile.write(tmp_path / "pipe", {"a": np.zeros(1, np.int8)}, {})
+    assert tmp_path.joinpath("pipe").is_fifo()
