@@ -20,15 +20,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from minigate.errors import FileError, UsageError
+from minigate.signatures import is_sound_file
 
 SAMPLE_RATE = 16000  # samples per second, what Whisper hears
 PCM_SCALE = 1 / 32768  # 16-bit integers to ±1
 MAX_ABS = 1e15  # a larger sample overflows float32 when the spectrum squares it; speech is within ±1
+MAX_RATIO = 100_000  # greatest term of the reduced rate : 16000; the filter is 20 times as long
 MIN_RATE, MAX_RATE = 1000, 768000  # Hz, outside of which a header is taken for damaged
 READ_VALUES = 1 << 16  # values (samples times channels) decoded at a time
 PIECE_S = 2  # seconds resampled at a time
 UNKNOWN_LENGTH = (1 << 63) - 1  # frames that libsndfile reports for a stream whose header does not tell
-SIGNATURES = (b"RIFF", b"fLaC", b"OggS", b"ID3\x03", b"ID3\x04", b"FORM", b"caff")  # of files that are not raw PCM
 
 
 @dataclass(frozen=True)
@@ -103,19 +104,31 @@ def _array_source(audio: np.ndarray) -> AudioSource:
 
 
 def _stdin_chunks() -> Iterator[np.ndarray]:
-    return _pcm_chunks(sys.stdin.buffer, "standard input")
+    name = "standard input"
+    if sys.stdin is None:
+        raise FileError(f"{name}: expected raw PCM, got a closed stream")
+    try:
+        yield from _pcm_chunks(sys.stdin.buffer, name, _refuse_sound_file)
+    except OSError as error:
+        raise FileError(f"{name}: expected raw PCM, got: {error.strerror or error}") from None
 
 
-def _pcm_chunks(stream, name: str) -> Iterator[np.ndarray]:
-    """Raw s16le bytes -> float32 chunks of a second. Raises FileError for half a sample or a sound file's header."""
+def _refuse_sound_file(name: str, data: bytes) -> None:
+    """FileError if the first bytes of a stream belong to a sound file, whose bytes would be heard as noise."""
+    if is_sound_file(data):
+        raise FileError(
+            f"{name}: expected raw 16-bit little-endian PCM at 16 kHz, mono, got a sound file "
+            f"(it begins with {data[:8]!r}); give its path instead, or decode it with: "
+            f"ffmpeg -i FILE -f s16le -ac 1 -ar {SAMPLE_RATE} -"
+        )
+
+
+def _pcm_chunks(stream, name: str, check: Callable[[str, bytes], None] = lambda name, data: None) -> Iterator:
+    """Raw s16le bytes -> float32 chunks of a second. check: of name and the first. FileError for half a sample."""
     total = 0
     while data := stream.read(2 * SAMPLE_RATE):
-        if total == 0 and data.startswith(SIGNATURES):
-            raise FileError(
-                f"{name}: expected raw 16-bit little-endian PCM at 16 kHz, mono, got a sound file "
-                f"(it begins with {data[:4]!r}); give its path instead, or decode it with: "
-                f"ffmpeg -i FILE -f s16le -ac 1 -ar {SAMPLE_RATE} -"
-            )
+        if total == 0:
+            check(name, data)
         total += len(data)
         yield np.frombuffer(data, "<i2", len(data) // 2).astype(np.float32) * np.float32(PCM_SCALE)
     if total % 2:
@@ -281,18 +294,24 @@ def resample(chunks: Iterable[np.ndarray], rate: int, name: str = "audio") -> It
 
     scipy.signal.resample_poly, piece by piece: a piece begins at a multiple of `down` samples, where input and output
     grids meet, and is seen with as many neighbours as the filter reaches, so that the pieces equal the whole.
-    Raises FileError for a rate that no recording has or when scipy, which only this needs, is missing.
+    Raises FileError for a rate that no recording has, or whose ratio to 16000 needs too long a filter, and when scipy,
+    which only this needs, is missing.
     """
     if rate == SAMPLE_RATE:
         yield from chunks
         return
     if not MIN_RATE <= rate <= MAX_RATE:
         raise FileError(f"{name}: expected a sample rate of {MIN_RATE} to {MAX_RATE} Hz, got {rate}")
+    up, down = SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE), rate // math.gcd(rate, SAMPLE_RATE)
+    if max(up, down) > MAX_RATIO:
+        raise FileError(
+            f"{name}: expected a sample rate in a ratio to {SAMPLE_RATE} Hz of whole numbers up to {MAX_RATIO}, got "
+            f"{rate} Hz ({down} : {up}); convert it with: ffmpeg -i FILE -ar {SAMPLE_RATE} OUT.wav"
+        )
     try:
         from scipy.signal import firwin, resample_poly
     except ImportError as error:
         raise FileError(f"{name}: at {rate} Hz, to resample it scipy is needed ({error}): pip install scipy") from None
-    up, down = SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE), rate // math.gcd(rate, SAMPLE_RATE)
     half = 10 * max(up, down)  # taps on either side at rate * up; ten zero crossings, as resample_poly would choose
     taps = firwin(2 * half + 1, 1 / max(up, down), window=("kaiser", 5.0)).astype(np.float32)
     margin = math.ceil(half / up / down) * down  # samples of neighbourhood on either side

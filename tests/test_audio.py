@@ -134,17 +134,10 @@ def test_arrays():
     assert source.reopenable and open_audio(source) is source and len(list(source.chunks())) == 2
 
 
-@pytest.mark.parametrize(
-    ("audio", "got"),
-    [
-        (np.zeros((2, 9), np.float32), r"float32 \(2, 9\)"),
-        (np.array(1, np.float32), r"float32 \(\)"),
-        (np.zeros(9, np.int32), r"int32 \(9,\)"),
-        ([0.0, 0.1], "list"),
-        (None, "NoneType"),
-        (b"a.wav", "bytes"),
-    ],
-)
+@pytest.mark.parametrize(("audio", "got"), [
+    (np.zeros((2, 9), np.float32), r"float32 \(2, 9\)"), (np.array(1, np.float32), r"float32 \(\)"),
+    (np.zeros(9, np.int32), r"int32 \(9,\)"), ([0.0, 0.1], "list"), (None, "NoneType"), (b"a.wav", "bytes"),
+])  # fmt: skip
 def test_arguments_of_the_wrong_kind(audio, got):
     with pytest.raises(UsageError, match=f"^audio: expected .*float32.*, got {got}"):
         open_audio(audio)
@@ -164,17 +157,25 @@ def test_standard_input(monkeypatch):
     np.testing.assert_array_equal(np.concatenate(chunks), pcm / np.float32(32768))
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "expected a recording, got 0 samples"),
-        (bytes(40001), "expected 16-bit samples, two bytes each, got 40001 bytes"),
-        (b"RIFF" + bytes(4000), "expected raw 16-bit little-endian PCM at 16 kHz, mono, got a sound file .*ffmpeg -i"),
-    ],
-)
+@pytest.mark.parametrize(("data", "message"), [
+    (b"", "expected a recording, got 0 samples"),
+    (bytes(40001), "expected 16-bit samples, two bytes each, got 40001 bytes"),
+    (b"RIFF" + bytes(4000), "expected raw 16-bit little-endian PCM at 16 kHz, mono, got a sound file .*ffmpeg -i"),
+    (bytes(4) + b"ftypM4A " + bytes(4000), "expected raw 16-bit .*ftyp"),
+])  # fmt: skip
 def test_standard_input_that_is_not_pcm(monkeypatch, data, message):
     with pytest.raises(FileError, match=f"^standard input: {message}"):
         read_audio(standard_input(monkeypatch, data))
+
+
+def test_standard_input_that_is_closed_or_write_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(FileError, match="^standard input: expected raw PCM, got a closed stream$"):
+        read_audio("-")
+    with open(tmp_path / "a", "w") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        with pytest.raises(FileError, match="^standard input: expected raw PCM, got: "):
+            read_audio("-")
 
 
 def fake_ffmpeg(folder, monkeypatch, body):
@@ -200,16 +201,12 @@ def test_other_containers_without_ffmpeg(m4a, monkeypatch):
 
 
 def test_other_containers_through_ffmpeg(tmp_path, m4a, monkeypatch):
-    fake_ffmpeg(
-        tmp_path,
-        monkeypatch,
-        """
+    fake_ffmpeg(tmp_path, monkeypatch, """
         words = " ".join(sys.argv[1:])
         assert "-f s16le -ac 1 -ar 16000 -" in words and f"-i file:" in words and "-nostdin" in words, words
         assert os.path.exists(sys.argv[sys.argv.index("-i") + 1].removeprefix("file:"))
         sys.stdout.buffer.write(bytes([0, 64]) * 50000)
-        """,
-    )
+        """)
     np.testing.assert_array_equal(read_audio(m4a), np.full(50000, 0.5, np.float32))
 
 
@@ -302,12 +299,14 @@ def test_float64_beyond_float32():
         read_audio(np.array([0, 1e300]))
 
 
-@pytest.mark.parametrize("rate", [1, 7, 999, 768001])
+@pytest.mark.parametrize("rate", [1, 7, 999, 768001, 767999, 100001])
 def test_rate_that_no_recording_has(tmp_path, rate):
+    """The last two need a filter of millions of taps: seconds and hundreds of megabytes for a short recording."""
     data = bytearray(Path(write(tmp_path / "a.wav", np.zeros(100, np.float32), 16000)).read_bytes())
     data[24:28] = rate.to_bytes(4, "little")
     (tmp_path / "a.wav").write_bytes(data)
-    with pytest.raises(FileError, match=f"a.wav: expected a sample rate of 1000 to 768000 Hz, got {rate}$"):
+    expected = "a.wav: expected a sample rate (of 1000 to 768000 Hz|in a ratio to 16000 Hz .*)"
+    with pytest.raises(FileError, match=f"{expected}, got {rate}( Hz|$)"):
         read_audio(tmp_path / "a.wav")
 
 
