@@ -2,7 +2,7 @@
 
 `TranscribeOptions` is what a user chooses for a recording, `DecodingOptions` what follows from it for one window at
 one temperature. `add_decoding_arguments` and `decoding_options` carry the former through argparse. A value outside
-its range is a UsageError of one line: "beam_size: expected a whole number of at least 1, got 0".
+its range is a UsageError of one line: "beam_size: expected a whole number from 1 to 100, got 0".
 """
 
 import argparse
@@ -20,6 +20,7 @@ from minigate.tokenizer import TASKS
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 LEAST_TEMPERATURE = 0.01  # above 0: logits / temperature stay in float32's range
+MAX_TEXTS = 100  # beams or samples decoded at once: memory and time grow with each
 MODEL_SUPPRESS_SET = -1  # in suppress_tokens: the model's own list of non-speech symbols
 
 
@@ -47,10 +48,10 @@ class TranscribeOptions:
         check = Checks(self)
         check.language()
         check.choice("task", TASKS)
-        check.whole("beam_size", 1)
+        check.whole("beam_size", 1, MAX_TEXTS)
         check.number("patience", 0, above=True)
         check.number("length_penalty", 0, 1, optional=True)
-        check.whole("best_of", 1)
+        check.whole("best_of", 1, MAX_TEXTS)
         check.temperatures()
         check.number("compression_ratio_threshold", 0, optional=True)
         check.number("logprob_threshold", high=0, optional=True)
@@ -95,9 +96,9 @@ class DecodingOptions:
         check.language()
         check.choice("task", TASKS)
         check.temperature()
-        check.whole("beam_size", 1)
+        check.whole("beam_size", 1, MAX_TEXTS)
         check.number("patience", 0, above=True)
-        check.whole("best_of", 1)
+        check.whole("best_of", 1, MAX_TEXTS)
         check.number("length_penalty", 0, 1, optional=True)
         check.tokens()
         check.number("max_initial_timestamp", 0, 30, optional=True)
@@ -117,12 +118,14 @@ class Checks:
     def set(self, name: str, value):
         object.__setattr__(self.options, name, value)
 
-    def whole(self, name: str, low: int, optional: bool = False):
+    def whole(self, name: str, low: int, high: int | None = None, optional: bool = False):
         value = getattr(self.options, name)
         if optional and value is None:
             return
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
-            self.refuse(name, f"a whole number of at least {low}", value)
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not is_whole or value < low or (high is not None and value > high):
+            bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+            self.refuse(name, f"a whole number {bounds}", value)
 
     def number(self, name: str, low=-math.inf, high=math.inf, above: bool = False, optional: bool = False):
         """A finite number from low to high; `above`: greater than low."""
@@ -180,8 +183,9 @@ class Checks:
         self.set("suppress_tokens", ids)
 
     def finished_texts(self):
-        if round(self.options.beam_size * self.options.patience) < 1:
-            self.refuse("patience", "beam_size * patience to round to 1 at least", self.options.patience)
+        texts = self.options.beam_size * self.options.patience
+        if not math.isfinite(texts) or round(texts) < 1:
+            self.refuse("patience", "beam_size * patience to be finite and round to 1 at least", self.options.patience)
 
 
 def _is_unicode(text: str) -> bool:
@@ -226,11 +230,11 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, defaults: dict | Non
                             f"English-only models know en alone (default: {default.language or 'auto'})")
     group.add_argument("--task", choices=TASKS, default=default.task,
                        help=f"transcribe, or translate into English (default: {default.task})")
-    add("beam_size", as_whole, "N", "beams at temperature 0, 1 is greedy")
+    add("beam_size", as_whole, "N", f"beams at temperature 0, 1 to {MAX_TEXTS}; 1 is greedy")
     add("patience", as_number, "X", "beam search ends with round(beam size * X) finished texts")
     add("length_penalty", as_number_or_none, "ALPHA", "Google NMT's length penalty between texts, 0 to 1; none: mean "
         "log-probability per token")
-    add("best_of", as_whole, "N", "samples at a temperature above 0")
+    add("best_of", as_whole, "N", f"samples at a temperature above 0, 1 to {MAX_TEXTS}")
     add("temperature", as_numbers, "T[,T…]", "temperatures that are tried in turn until a window's text passes the "
         "thresholds; a single number: no fallback")
     add("compression_ratio_threshold", as_number_or_none, "X", "a text whose UTF-8 bytes are more than X times its "

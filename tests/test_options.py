@@ -16,7 +16,7 @@ from minigate.options import (
 )
 
 REFUSED = [
-    ("language", ["klingon", 3, ""]), ("task", ["translation", None]), ("beam_size", [0, -1, 2.0, True, "5", None]),
+    ("language", ["klingon", 3, ""]), ("task", ["translation", None]), ("beam_size", [0, -1, 101, 2.0, True, "5"]),
     ("patience", [0, -1.0, float("nan"), float("inf"), None, "1", 0.4]), ("length_penalty", [-0.1, 1.1, float("nan")]),
     ("best_of", [0, 1.5, None]), ("temperature", [-0.1, float("nan"), (), None, (0, "x"), 1e-5, (0.0, float("inf"))]),
     ("compression_ratio_threshold", [-1, float("nan"), "2.4"]), ("logprob_threshold", [0.1, float("nan")]),
@@ -33,8 +33,17 @@ def test_what_is_refused(name, value):
     assert "\n" not in str(error.value)
 
 
+def test_texts_at_once_have_a_bound():
+    assert TranscribeOptions(beam_size=100, best_of=100).best_of == 100
+    for name in ("beam_size", "best_of"):
+        with pytest.raises(UsageError, match=f"^{name}: expected a whole number from 1 to 100, got 1000000$"):
+            TranscribeOptions(**{name: 1000000})
+    with pytest.raises(UsageError, match="^patience: expected .* finite"):
+        TranscribeOptions(beam_size=100, patience=1e308)
+
+
 def test_a_window_refuses_the_same():
-    refused = [("temperature", (0, 1)), ("temperature", 1e-9), ("sample_len", 0), ("beam_size", 0),
+    refused = [("temperature", (0, 1)), ("temperature", 1e-9), ("sample_len", 0), ("beam_size", 0), ("best_of", 101),
                ("max_initial_timestamp", -1.0), ("language", "klingon"), ("suppress_tokens", "x")]  # fmt: skip
     for name, value in refused:
         with pytest.raises(UsageError, match=f"^{name}: expected "):
