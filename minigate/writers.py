@@ -115,7 +115,8 @@ class Outputs:
     format: one of FORMATS or "all". output_dir: a folder that is there, or None for standard output, where json ends
     in a newline, so that several inputs give JSON lines. Files are written under temporary names and become
     output_dir/STEM.EXT, replacing older ones, when the block ends; after an exception (KeyboardInterrupt too) or
-    without `end` nothing is left of them.
+    without `end` nothing is left of them, but for those that have replaced older ones when a later one cannot be put
+    in place.
     Raises UsageError for the format, FileError when a file cannot be written, BrokenPipeError like any print.
     """
 
@@ -168,13 +169,28 @@ class Outputs:
         self.writers.append(Writer(format, file, path))
 
     def _keep(self):
-        """Closes all files, then gives them their names."""
+        """Closes all files, then gives them their names.
+
+        When one cannot have its name, those new here are removed again. Those that replaced an older file stay, since
+        that is gone, and the FileError names them.
+        """
         for writer in self.writers:
             with _os_errors_as_file_errors(writer.name):
                 writer.file.close()
-        for writer, part in zip(self.writers, self.parts, strict=True):
-            with _os_errors_as_file_errors(writer.name):
-                os.replace(part, writer.name)
+        new, over = [], []
+        try:
+            for writer, part in zip(self.writers, self.parts, strict=True):
+                done = over if os.path.lexists(writer.name) else new
+                with _os_errors_as_file_errors(writer.name):
+                    os.replace(part, writer.name)
+                done.append(writer.name)
+        except BaseException as error:
+            for path in new:
+                with suppress(OSError):
+                    os.unlink(path)
+            if over and isinstance(error, FileError):
+                raise FileError(f"{error}; older files that are replaced already: {', '.join(over)}") from error
+            raise
 
     def _discard(self):
         """Closes and removes the temporary files that are still there."""
@@ -190,9 +206,9 @@ def plan_outputs(format: str, output_dir: str | None, inputs: Sequence[str]) -> 
     """-> the STEM of STEM.EXT for each input; makes output_dir when it is not there.
 
     Raises UsageError for an unknown format, for "all" without output_dir, for two inputs that would be written to
-    the same file, and for a folder that cannot be made or written to.
+    the same file, for a folder that cannot be made or written to, and for a target that is there and no regular file.
     """
-    _formats(format, output_dir)
+    formats = _formats(format, output_dir)
     stems = [output_stem(path) for path in inputs]
     if output_dir is None:
         return stems
@@ -208,6 +224,10 @@ def plan_outputs(format: str, output_dir: str | None, inputs: Sequence[str]) -> 
         raise UsageError(f"--output-dir: expected a folder, got {output_dir}: {error.strerror}") from error
     if not os.access(output_dir, os.W_OK | os.X_OK):
         raise UsageError(f"--output-dir: expected a folder that may be written to, got {output_dir}")
+    for target in (os.path.join(output_dir, f"{stem}.{name}") for stem in stems for name in formats):
+        if os.path.exists(target) and not os.path.isfile(target):
+            kind = "a folder" if os.path.isdir(target) else "a device or pipe"
+            raise UsageError(f"--output-dir: expected to write {target} as a regular file, got {kind} of that name")
     return stems
 
 

@@ -4,6 +4,7 @@ import io
 import math
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -174,7 +175,39 @@ def test_a_file_that_cannot_get_its_name(tmp_path):
     assert os.listdir(tmp_path) == ["talk.txt"]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def refuse_vtt(monkeypatch, error):
+    """os.replace fails for talk.vtt, the third of five; the others get their names."""
+    replace = os.replace
+
+    def some(source, target):
+        if str(target).endswith("talk.vtt"):
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", some)
+
+
+@pytest.mark.parametrize("error, raised", [
+    (PermissionError(1, "Denied"), FileError), (KeyboardInterrupt(), KeyboardInterrupt)])  # fmt: skip
+def test_one_file_that_cannot_get_its_name_takes_the_new_ones_along(error, raised, tmp_path, monkeypatch):
+    refuse_vtt(monkeypatch, error)
+    with pytest.raises(raised), Outputs("all", tmp_path, "talk") as outputs:
+        write(outputs)
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_that_replaced_older_ones_stay_and_are_named(tmp_path, monkeypatch):
+    refuse_vtt(monkeypatch, PermissionError(1, "Denied"))
+    for name in ("talk.txt", "talk.vtt", "talk.json"):
+        (tmp_path / name).write_text("older")
+    said = r"talk.vtt: expected .*got Denied; older files that are replaced already: \S*talk.txt$"
+    with pytest.raises(FileError, match=said), Outputs("all", tmp_path, "talk") as outputs:
+        write(outputs)
+    assert {path.name: path.read_bytes().decode() for path in tmp_path.iterdir()} == {
+        "talk.txt": EXPECTED["txt"], "talk.vtt": "older", "talk.json": "older"}  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full")
 def test_a_full_disk():
     with open("/dev/full", "w") as file:
         with pytest.raises(FileError, match="x.txt: expected a file that can be written, got No space left"):
@@ -230,3 +263,13 @@ def test_a_folder_that_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UsageError, match="--output-dir: expected a folder that may be written to, got"):
         plan_outputs("txt", tmp_path, ["a.wav"])
+
+
+def test_a_target_that_is_no_regular_file(tmp_path):
+    (tmp_path / "one.vtt").mkdir()
+    os.mkfifo(tmp_path / "two.srt")
+    for inputs, got in ((["a/one.wav"], "one.vtt as a regular file, got a folder"),
+                        (["x.wav", "two.wav"], "two.srt as a regular file, got a device or pipe")):  # fmt: skip
+        with pytest.raises(UsageError, match=f"--output-dir: expected to write .*{got}"):
+            plan_outputs("all", tmp_path, inputs)
+    assert plan_outputs("txt", tmp_path, ["one.wav", "two.wav"]) == ["one", "two"]
