@@ -5,14 +5,14 @@ Standard output carries the result and nothing else; progress, warnings and erro
 the reader of standard output has gone.
 """
 
-import os
 import sys
 import warnings
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 from minigate import __version__
-from minigate.errors import FileError, UsageError
+from minigate.command import FAILED, check_stdout, memory_as_file_error, run_main, say
+from minigate.errors import FileError
 from minigate.languages import LANGUAGES
 from minigate.model import load
 from minigate.options import (
@@ -26,8 +26,6 @@ from minigate.transcribe import Transcription, check_options
 from minigate.writers import FORMATS, Outputs, plan_outputs
 
 PROG = "python -m minigate.transcribe"
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-CLOSED_PIPE = 141  # 128 + SIGPIPE
 
 
 def build_parser() -> ArgumentParser:
@@ -36,7 +34,8 @@ def build_parser() -> ArgumentParser:
                             "found, everything else to standard error.")
     parser.add_argument("files", nargs="+", metavar="FILE",
                         help="recording (wav, flac, ogg, opus, mp3; others through ffmpeg), or - for raw 16 kHz mono "
-                             "16-bit little-endian PCM from standard input")
+                             "16-bit little-endian PCM from standard input, which is clamped with the running maximum: "
+                             "its text can differ slightly from the same file's")
     parser.add_argument("--model", metavar="NAME_OR_PATH",
                         help="model file, or name of an embedded model (default: the embedded tiny.en, int8)")
     parser.add_argument("--format", choices=(*FORMATS, "all"), default="txt",
@@ -52,27 +51,17 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Arguments (default: the command line's) -> exit code. Wrong arguments raise SystemExit(2), as argparse does."""
-    try:
-        args = build_parser().parse_args(argv)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore" if args.quiet else "default", UserWarning)
-            warnings.showwarning = _show_warning
-            return run(args)
-    except UsageError as error:
-        return _complain(error, 2)
-    except FileError as error:
-        return _complain(error, 1)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
-        return CLOSED_PIPE
+    """Arguments (default: the command line's) -> exit code, after one line on standard error if that is not 0."""
+    return run_main(PROG, lambda: run(build_parser().parse_args(argv)))
 
 
 def run(args: Namespace) -> int:
     """Parsed arguments -> exit code 0, or 1 when a recording failed. Raises UsageError, and FileError for the model."""
+    if args.quiet:
+        warnings.simplefilter("ignore", UserWarning)
     options = TranscribeOptions(**decoding_options(args))
+    if args.output_dir is None:
+        check_stdout()
     stems = plan_outputs(args.format, args.output_dir, args.files)
     with errors_name_flags():
         model = load(args.model, args.threads)
@@ -80,9 +69,11 @@ def run(args: Namespace) -> int:
     code = 0
     for path, stem in zip(args.files, stems, strict=True):
         try:
-            transcribe_file(model, path, options, Outputs(args.format, args.output_dir, stem), args.quiet)
+            with memory_as_file_error(path):
+                transcribe_file(model, path, options, Outputs(args.format, args.output_dir, stem), args.quiet)
         except FileError as error:
-            code = _complain(error, 1)
+            say(PROG, error)
+            code = FAILED
     return code
 
 
@@ -131,12 +122,3 @@ class Progress:
         if self.bar is not None:
             self.bar.n = done_s
             self.bar.refresh()
-
-
-def _complain(error: Exception, code: int) -> int:
-    print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
-
-
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"{PROG}: warning: {' '.join(str(message).split())}", file=sys.stderr)

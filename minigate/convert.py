@@ -5,16 +5,19 @@ Tensors are converted and written one by one, so memory stays at the size of the
 import hashlib
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 
 from minigate import checkpoint, readers
-from minigate.errors import FileError, UsageError
+from minigate.command import check_stdout, run_main, show
+from minigate.errors import UsageError
 from minigate.options import ArgumentParser
 from minigate.tensorfile import Entry, LazyTensors
 from minigate.tokenizer import pack_vocabulary
 
+PROG = "python -m minigate.convert"
 SHOW_PROGRESS = 500_000_000  # bytes of output from which on a progress bar is shown
 CHUNK = 1 << 20  # bytes hashed at a time
 
@@ -68,26 +71,32 @@ def _progress_bar(total: int) -> object:
     return tqdm(total=total, unit="B", unit_scale=True, desc="writing", file=sys.stderr)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: one line on stdout, or one on stderr and exit code 1 (file) or 2 (usage)."""
-    parser = ArgumentParser(prog="python -m minigate.convert", description="Make a model file of a Whisper checkpoint.")
+def build_parser() -> ArgumentParser:
+    """The command line of `python -m minigate.convert`."""
+    parser = ArgumentParser(prog=PROG, description="Make a model file of a Whisper checkpoint.")
     parser.add_argument("src", metavar="SRC", type=Path,
                         help="an OpenAI .pt file, the folder of a Hugging Face or CTranslate2 model, or a model file")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the file to write; its stem names the model")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32",
                         help="of the weights in the file (default: float32)")
-    args = parser.parse_args(argv)
-    try:
-        if args.out.suffix != ".safetensors":
-            raise UsageError(f"OUT: expected a name that ends in .safetensors, got {args.out}")
-        model = convert(args.src, args.out, args.dtype)
-    except (FileError, UsageError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FileError) else 2
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Parsed arguments -> exit code 0, the new file named on standard output. Raises UsageError and FileError."""
+    if args.out.suffix != ".safetensors":
+        raise UsageError(f"OUT: expected a name that ends in .safetensors, got {args.out}")
+    check_stdout()
+    model = convert(args.src, args.out, args.dtype)
     parameters = sum(math.prod(shape) for shape in checkpoint.tensor_shapes(
         model.metadata["dims"], model.metadata["gate"]["kind"]).values())
-    print(f"{args.out}: {model.metadata['name']}, {parameters} parameters, {args.out.stat().st_size / 1e6:.1f} MB")
+    show(f"{args.out}: {model.metadata['name']}, {parameters} parameters, {args.out.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Arguments (default: the command line's) -> exit code, after one line on standard error if that is not 0."""
+    return run_main(PROG, lambda: run(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

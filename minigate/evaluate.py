@@ -11,24 +11,20 @@ what its transcription took, reading the file included, and `rtf` the one over t
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import platform
-import secrets
 import sys
 import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
 from minigate import __version__, kernels, wer
-from minigate.cli import INTERRUPTED
+from minigate.command import FAILED, check_stdout, memory_as_file_error, run_main, say, show
 from minigate.errors import FileError, UsageError
 from minigate.manifest import Row, read_manifest
 from minigate.model import Model, find, load
@@ -39,12 +35,11 @@ from minigate.options import (
     decoding_options,
     errors_name_flags,
 )
+from minigate.report import COUNTS, REPORT, check_target, read_report, sha256, write_json
 from minigate.transcribe import check_options
 from minigate.wer import Errors
 
 DEFAULTS = {"language": "en", "temperature": 0.0}  # no fallback: a figure that another run gives again
-COUNTS = ("substitutions", "deletions", "insertions", "words")
-REPORT = "minigate evaluation"  # marks our JSON
 PROG = "python -m minigate.evaluate"
 
 
@@ -81,7 +76,8 @@ def _listen(model: Model, row: Row, options: dict) -> tuple[str, float]:
         nonlocal seconds
         seconds = total_s or seconds
 
-    return model.transcribe(row.file, on_progress=note, **options).text.strip(), seconds
+    with memory_as_file_error(str(row.file)):
+        return model.transcribe(row.file, on_progress=note, **options).text.strip(), seconds
 
 
 def summarise(utterances: Sequence[dict]) -> dict:
@@ -135,7 +131,14 @@ def evaluate(model: Model, rows: Sequence[Row], options: dict | None = None,
 
 
 def peak_mb() -> float | None:
-    """The most memory that this process has had resident so far, in 10^6 bytes; None where the system does not say."""
+    """The most memory that this process has had resident so far, in 10^6 bytes; None where the system does not say.
+
+    VmHWM where there is one: on Linux ru_maxrss begins with the maximum of the process that started this one.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
     try:
         import resource  # not on Windows
     except ImportError:
@@ -196,58 +199,6 @@ def _pairs(ours: dict, theirs: dict, where: str) -> dict[str, dict]:
 
 def _errors(utterance: dict) -> Errors:
     return Errors(*(utterance[name] for name in COUNTS))
-
-
-# --- files
-
-def read_report(path: str | Path) -> dict:
-    """JSON that --json wrote -> report.  FileError when it is something else."""
-    try:
-        report = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise FileError(f"{path}: expected a readable file, got {error.strerror or error}") from error
-    except (ValueError, RecursionError):
-        report = None
-    if not isinstance(report, dict) or report.get("format") != REPORT or not _is_complete(report):
-        raise FileError(f"{path}: expected results of python -m minigate.evaluate MODEL MANIFEST.tsv --json {path}, "
-                        "got something else")
-    return report
-
-
-def _is_complete(report: dict) -> bool:
-    """Whether what compare() reads is there."""
-    def right(u) -> bool:
-        if not isinstance(u, dict) or not isinstance(u.get("path"), str) or "reference" not in u:
-            return False
-        counts = [u.get(name) for name in COUNTS]
-        scored = isinstance(u["reference"], str) and all(type(n) is int and n >= 0 for n in counts)
-        return u["reference"] is None or scored
-
-    lists = [report.get(name) for name in ("utterances", "failed")]
-    return (isinstance(report.get("normaliser"), str) and all(isinstance(x, list) for x in lists)
-            and all(map(right, lists[0])) and all(isinstance(failure, dict) for failure in lists[1]))
-
-
-def write_json(path: str | Path, report: dict) -> None:
-    """Written under another name in the same folder first: there is the whole file or none."""
-    path = Path(path)
-    part = path.with_name(f".minigate-{secrets.token_hex(8)}.part")
-    try:
-        try:
-            part.write_text(json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise FileError(f"{path}: expected a file that can be written, got {error.strerror or error}") from error
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- the table
@@ -325,11 +276,14 @@ def build_parser() -> ArgumentParser:
 
 def run(args: Namespace) -> int:
     """Parsed arguments -> exit code 0, or 1 when a recording could not be read.  Raises UsageError and FileError."""
+    if args.quiet:
+        warnings.simplefilter("ignore", UserWarning)
     options = decoding_options(args)
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit: expected a whole number of at least 1, got {args.limit}")
-    if args.json and not os.access(Path(args.json).parent, os.W_OK | os.X_OK):
-        raise FileError(f"--json: expected a file in a folder that can be written to, got {args.json}")
+    check_stdout()
+    if args.json:
+        check_target(args.json)
     rows = read_manifest(args.manifest)[: args.limit]
     other = read_report(args.compare) if args.compare else None
     if other:
@@ -338,16 +292,7 @@ def run(args: Namespace) -> int:
         path = find(args.model)
         model = load(path, args.threads)
         check_options(model, TranscribeOptions(**options))
-    bar = None if args.quiet or not sys.stderr.isatty() else _tqdm()
-
-    def progress(utterances: Iterable) -> Iterable:
-        return bar(utterances, total=len(rows), unit="file", file=sys.stderr) if bar else utterances
-
-    def failed(row: Row, error: FileError):
-        say(f"{args.manifest}, line {row.line}: {error}", bar.write if bar else print)
-
-    report = evaluate(model, rows, options, progress, failed)
-    report["manifest"] = str(args.manifest)
+    report = {"manifest": str(args.manifest), **_evaluate_with_bar(model, rows, options, args)}
     report["model"]["sha256"] = sha256(path)
     unlike = None
     if other:
@@ -355,12 +300,28 @@ def run(args: Namespace) -> int:
             report["comparison"] = compare(report, other, args.compare)
         except FileError as error:  # another recording could not be read than there: first the results
             unlike = error
-    if args.json:
-        write_json(args.json, report)
-    print(table(report))
+    try:
+        show(table(report))
+    finally:  # whoever stops reading the table, the figures are kept
+        if args.json:
+            write_json(args.json, report)
     if unlike:
         raise unlike
-    return 1 if report["failed"] else 0
+    return FAILED if report["failed"] else 0
+
+
+def _evaluate_with_bar(model: Model, rows: Sequence[Row], options: dict, args: Namespace) -> dict:
+    """evaluate(), with a bar on a terminal; what cannot be read is told as it is found."""
+    bar = None if args.quiet or not sys.stderr.isatty() else _tqdm()
+
+    def progress(utterances: Iterable) -> Iterable:
+        return bar(utterances, total=len(rows), unit="file", file=sys.stderr) if bar else utterances
+
+    def failed(row: Row, error: FileError):
+        with bar.external_write_mode(file=sys.stderr) if bar else nullcontext():
+            say(PROG, f"{args.manifest}, line {row.line}: {error}")
+
+    return evaluate(model, rows, options, progress, failed)
 
 
 def _tqdm():
@@ -372,24 +333,9 @@ def _tqdm():
     return tqdm
 
 
-def say(message, write=print, kind: str = "error") -> None:
-    """One line on standard error."""
-    write(f"{PROG}: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Arguments (default: the command line's) -> exit code.  Wrong arguments raise SystemExit(2), as argparse does."""
-    args = build_parser().parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore" if args.quiet else "default", UserWarning)
-            warnings.showwarning = lambda message, *rest: say(message, kind="warning")
-            return run(args)
-    except (FileError, UsageError) as error:
-        say(error)
-        return 1 if isinstance(error, FileError) else 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    """Arguments (default: the command line's) -> exit code, after one line on standard error if that is not 0."""
+    return run_main(PROG, lambda: run(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_a_failing_file_does_not_stop_the_others(capsys, sound, tmp_path):
     (("--format", "all"), 2, "--format: expected --output-dir with all"),
     (("b/a.mp3", "--output-dir", "out"), 2, "FILE: expected names that differ"),
     (("--output-dir", "/dev/null/x"), 2, "--output-dir: expected a folder"),
-    (("--beam-size", "0"), 2, "--beam-size: expected a whole number of at least 1, got 0"),
+    (("--beam-size", "0"), 2, "--beam-size: expected a whole number from 1 to 100, got 0"),
     (("--language", "klingon"), 2, "--language: expected one of en zh"),
     (("--language", "de"), 2, "--language: expected en, since the model is English-only, got 'de'"),
     (("--task", "translate"), 2, "--task: expected transcribe, since the model is English-only"),
@@ -192,8 +192,53 @@ def test_version_and_help(capsys):
     assert code == 0 and "--no-condition-on-previous-text" in out and "(default: txt)" in out
 
 
+def test_help_tells_what_standard_input_lacks(capsys):
+    assert "clamped with the running maximum" in " ".join(run(capsys, "--help")[1].split())
+
+
+def test_too_little_memory_for_one_file_does_not_stop_the_others(capsys, sound, monkeypatch):
+    by_window, calls = Transcription.by_window, []
+
+    def first_too_big(self):
+        calls.append(self)
+        if len(calls) == 1:
+            raise MemoryError("kernels: no memory for scratch")
+        return by_window(self)
+
+    monkeypatch.setattr(Transcription, "by_window", first_too_big)
+    path = sound()
+    line = f"{cli.PROG}: error: {path}: expected enough memory, got kernels: no memory for scratch\n"
+    assert run(capsys, path, sound("b.wav")) == (1, "ask\nnot\n", line)
+
+
+def test_no_standard_output(capsys, sound, tmp_path, monkeypatch):
+    path = sound()
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        assert cli.main([path]) == 1
+        assert cli.main([path, "--output-dir", str(tmp_path / "out")]) == 0  # which needs none
+    line = "error: standard output: expected an open stream, got a closed one\n"
+    assert capsys.readouterr().err == f"{cli.PROG}: {line}" and os.listdir(tmp_path / "out") == ["a.txt"]
+
+
+def test_no_standard_input(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    line = f"{cli.PROG}: error: standard input: expected raw PCM, got a closed stream\n"
+    assert run(capsys, "-") == (1, "", line)
+
+
+@pytest.mark.parametrize("flags, isa, said", [
+    ((), "foo", "MINIGATE_ISA: expected one of"), (("--threads", "0"), "", "--threads: expected 1 to"),
+])  # fmt: skip
+def test_what_load_refuses_comes_before_any_output(flags, isa, said):
+    """In a process of its own, since the instruction set is chosen once; vtt has a header that comes early."""
+    command = [sys.executable, "-m", "minigate.transcribe", "none.wav", "--format", "vtt", "--model", "none", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MINIGATE_ISA": isa})
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1 and said in done.stderr
+
+
 def test_as_a_module_into_a_closed_pipe(sound, tmp_path):
-    """The only test that starts a process: a random model of Whisper's window and a small vocabulary."""
+    """A random model of Whisper's window and a small vocabulary."""
     model = str(tmp_path / "toy.safetensors")
     write(model, *toy_model(n_mels=80, n_audio_ctx=1500, n_vocab=256 + 1608, n_text_ctx=20))
     command = [sys.executable, "-m", "minigate.transcribe", sound(), "--model", model, "--temperature", "0",

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import wave
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ class FakeModel:
 
     name = "fake"
     metadata = {"quantization": None, "suppress_tokens": None}
+    dims = SimpleNamespace(n_audio_ctx=1500, n_text_ctx=448)
     tokenizer = Tokenizer(official_vocabulary(51864), 51864)
 
     def __init__(self, heard: dict[str, str]):
@@ -241,7 +243,7 @@ def test_bad_files_and_arguments(manifest, model, capsys):
         ((manifest, "--compare", folder / "text.json"), 1, "text.json: expected results of"),
         ((manifest, "--limit", 0), 2, "--limit: expected a whole number of at least 1, got 0"),
         ((manifest, "--language", "de"), 2, "--language: expected en, since the model is English-only"),
-        ((manifest, "--beam-size", 0), 2, "--beam-size: expected a whole number of at least 1, got 0"),
+        ((manifest, "--beam-size", 0), 2, "--beam-size: expected a whole number from 1 to 100, got 0"),
     ]:
         assert run(*arguments) == code
         error = capsys.readouterr().err
@@ -249,16 +251,57 @@ def test_bad_files_and_arguments(manifest, model, capsys):
     assert not model.asked
 
 
-def test_json_is_whole_or_not_there(tmp_path, monkeypatch):
-    path = tmp_path / "out.json"
-    evaluate.write_json(path, {"wer": 0.5})
-    with pytest.raises(ValueError):
-        evaluate.write_json(path, {"wer": float("nan")})
-    assert json.loads(path.read_text()) == {"wer": 0.5} and [p.name for p in tmp_path.iterdir()] == ["out.json"]
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(FileError, match="expected a file that can be written"):
-        evaluate.write_json(tmp_path / "folder", {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "out.json"]
+def test_a_json_target_is_refused_before_the_work(manifest, model, capsys):
+    assert run(manifest, "--json", manifest.parent) == 1
+    assert "--json: expected a regular file, got" in capsys.readouterr().err and not model.asked
+
+
+def test_the_table_comes_before_the_file_and_neither_takes_the_other_along(manifest, model, capsys, monkeypatch):
+    target = manifest.parent / "out.json"
+
+    def fail(path, report):
+        assert "WER" in capsys.readouterr().out
+        raise FileError("out.json: expected a file that can be written, got No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(evaluate, "write_json", fail)
+        assert run(manifest, "--json", target) == 1
+    assert "No space left" in capsys.readouterr().err
+
+    def gone(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluate, "show", gone)
+    assert run(manifest, "--json", target) == 141 and json.loads(target.read_text())["words"] == 10
+
+
+def test_too_little_memory_for_one_recording(manifest, model, capsys, monkeypatch):
+    transcribe = FakeModel.transcribe
+
+    def too_big(self, path, on_progress, **options):
+        if path.name == "a.wav":
+            raise MemoryError
+        return transcribe(self, path, on_progress, **options)
+
+    monkeypatch.setattr(FakeModel, "transcribe", too_big)
+    assert run(manifest, "--json", manifest.parent / "out.json") == 1
+    assert "a.wav: expected enough memory, got none left" in capsys.readouterr().err
+    assert len(json.loads((manifest.parent / "out.json").read_text())["utterances"]) == 3
+
+
+def test_no_standard_output(manifest, model, capsys, monkeypatch):
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        assert run(manifest) == 1
+    assert "standard output: expected an open stream" in capsys.readouterr().err and not model.asked
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss survives exec on Linux")
+def test_peak_memory_is_not_that_of_the_process_before():
+    child = "from minigate.evaluate import peak_mb; print(peak_mb())"
+    parent = f"import subprocess, sys; fat = b'x' * 500_000_000; subprocess.run([sys.executable, '-c', {child!r}])"
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, cwd=check.ROOT)
+    assert 10 < float(done.stdout) < 400
 
 
 @pytest.mark.skipif(not check.EMBEDDED.is_file(), reason="the embedded model is not there")

@@ -1,0 +1,85 @@
+"""The file of an evaluation: a report as JSON, read and written; evaluate.py says what is in it.
+
+    report --check_target, write_json--> OUT.json --read_report--> report
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from minigate.errors import FileError
+
+COUNTS = ("substitutions", "deletions", "insertions", "words")  # of an utterance
+REPORT = "minigate evaluation"  # marks our JSON
+
+
+def read_report(path: str | Path) -> dict:
+    """JSON that --json wrote -> report.  FileError when it is something else."""
+    try:
+        report = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise FileError(f"{path}: expected a readable file, got {error.strerror or error}") from error
+    except (ValueError, RecursionError):
+        report = None
+    if not isinstance(report, dict) or report.get("format") != REPORT or not _is_complete(report):
+        raise FileError(f"{path}: expected results of python -m minigate.evaluate MODEL MANIFEST.tsv --json {path}, "
+                        "got something else")
+    return report
+
+
+def _is_complete(report: dict) -> bool:
+    """Whether what compare() reads is there."""
+    def right(u) -> bool:
+        if not isinstance(u, dict) or not isinstance(u.get("path"), str) or "reference" not in u:
+            return False
+        counts = [u.get(name) for name in COUNTS]
+        scored = isinstance(u["reference"], str) and all(type(n) is int and n >= 0 for n in counts)
+        return u["reference"] is None or scored
+
+    lists = [report.get(name) for name in ("utterances", "failed")]
+    return (isinstance(report.get("normaliser"), str) and all(isinstance(x, list) for x in lists)
+            and all(map(right, lists[0])) and all(isinstance(failure, dict) for failure in lists[1]))
+
+
+def check_target(path: str | Path) -> None:
+    """FileError when write_json could not write path: said before the work, not after."""
+    path = Path(path)
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        status = None
+    except OSError as error:
+        raise FileError(f"--json: expected a file that can be written, got {path}: {error.strerror}") from None
+    if status and not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe"
+        raise FileError(f"--json: expected a regular file, got {path}, {kind}")
+    if status and not os.access(path, os.W_OK):
+        raise FileError(f"--json: expected a file that can be written, got {path}, which is read-only")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise FileError(f"--json: expected a file in a folder that can be written to, got {path}")
+
+
+def write_json(path: str | Path, report: dict) -> None:
+    """Written under another name in the same folder first: there is the whole file, or what was there before."""
+    path = Path(path)
+    part = path.with_name(f".minigate-{secrets.token_hex(8)}.part")
+    text = json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    try:
+        try:  # undecodable bytes of names, \udcXX here, are JSON in this form
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise FileError(f"{path}: expected a file that can be written, got {error.strerror or error}") from error
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
