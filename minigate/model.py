@@ -20,6 +20,7 @@ from minigate.tokenizer import Tokenizer, unpack_vocabulary
 
 DEFAULT_MODEL = "tiny.en-w8a8-dynamic"
 FIRST_MULTILINGUAL_VOCAB = 51865
+FOREIGN = (".pt", ".bin")  # models in other layouts, which convert reads
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,14 @@ class Model:
         return decoder(self.ops, self.dims, tokens, cache)
 
     def transcribe(self, audio, **options):
-        """A path or a float32 array (16 kHz mono) -> Result. Options: see `minigate.transcribe.transcribe`."""
+        """A path, '-' or an array (16 kHz mono, float32 in [-1, 1]) -> Result with text, segments, language.
+
+        options, with their defaults: language=None, task="transcribe", beam_size=1, patience=1.0, length_penalty=None,
+        best_of=5, temperature=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), compression_ratio_threshold=2.4, logprob_threshold=-1.0,
+        no_speech_threshold=0.6, condition_on_previous_text=True, initial_prompt=None, hotwords=None,
+        suppress_tokens="-1", without_timestamps=False (see `options.TranscribeOptions`), on_segment=None and
+        on_progress=None (see `transcribe.transcribe`). Raises UsageError for an option, FileError for the recording.
+        """
         from minigate.transcribe import transcribe
 
         return transcribe(self, audio, **options)
@@ -308,6 +316,9 @@ def find(name_or_path: str | Path | None = None) -> Path:
     wanted = Path(DEFAULT_MODEL if name_or_path is None else name_or_path)
     embedded = weights_folder() / f"{wanted}.safetensors"
     try:
+        if wanted.is_dir() and name_or_path != "" or wanted.suffix in FOREIGN and wanted.is_file():
+            helps = f"python -m minigate.convert {wanted} OUT.safetensors"
+            raise FileError(f"model: expected a model file of ours, got {wanted}; make one of it with {helps}")
         if wanted.is_file():
             return wanted
         if name_or_path != "" and wanted.parent == Path() and embedded.is_file():

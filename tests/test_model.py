@@ -2,12 +2,14 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 from minigate import attention
 from minigate.model import Model, find, load
+from minigate.options import TranscribeOptions
 from minigate.quantize import dequantize, quantize_dynamic
 from tests.toy import DIMS, Plain, toy_model
 
@@ -121,12 +123,24 @@ def test_too_many_tokens_are_refused():
         model.decode(np.zeros((3, 1), int), cache)
 
 
-def test_an_unknown_model_names_the_embedded_ones():
+def test_an_unknown_model_names_the_embedded_ones_or_the_converter(tmp_path):
     for name in ("huge.xx", "", "no/such/file"):
         with pytest.raises(ValueError, match=f"model: expected a model file or an embedded model .*got '{name}'"):
             find(name)
+    tmp_path.joinpath("x.pt").touch()
+    for path in (tmp_path, tmp_path / "x.pt"):
+        with pytest.raises(ValueError, match=f"got {path}; make one of it with python -m minigate.convert {path} OUT"):
+            find(path)
     with pytest.raises(ValueError, match="model: expected a model file, got 'xxx.*: File name too long"):
         find("x" * 300)
+
+
+def test_documented_options_are_the_options():
+    names = {field.name for field in fields(TranscribeOptions)}
+    for field in fields(TranscribeOptions):
+        shown = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
+        assert f"{field.name}={shown}" in " ".join(Model.transcribe.__doc__.split()), field.name
+    assert len(names) == 15
 
 
 @pytest.mark.parametrize("threads", [0, 2.5, "2", True, 10**6])

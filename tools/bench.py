@@ -77,7 +77,7 @@ class Engine:
         model, _, python = rest.partition("@")
         if name not in ENGINES or not model:
             raise SystemExit(f"bench: --engine: expected NAME:MODEL[@PYTHON], NAME of {', '.join(ENGINES)}, got {spec}")
-        self.label = f"{name} {Path(model).stem}"
+        self.label = f"{name} {Path(model).name.removesuffix('.safetensors').removesuffix('.pt')}"
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
         command = [python or sys.executable, __file__, "--work", name, model, str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
