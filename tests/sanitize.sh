@@ -9,7 +9,7 @@ mkdir -p "$folder/weights"
 cd "$folder"
 rm -f minigate/_kernels*.so
 export MINIGATE_REQUIRE_EXTENSION=1
-pip install -q setuptools cffi
+pip install -q 'setuptools>=70.1' cffi
 MINIGATE_CFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" python setup.py -q build_ext --inplace
 # Python itself leaks by design, and its allocator hides overruns unless it is plain malloc.
 export ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc LD_PRELOAD="$(gcc -print-file-name=libasan.so)"
