@@ -72,12 +72,13 @@ enum mg_status mg_attention_lse(float *out, float *lse, const float *q, const fl
 
 /* P = exp(score - lse), dscore = P (dout v^T - sum(dout out)) / sqrt(d); dq = dscore k, dk = dscore^T q, dv = P^T dout.
    dq, dout, out (n_batch, t_q, n_head*d) and dk, dv (n_batch, t_k, n_head*d) dense; out and lse are mg_attention_lse's;
-   the rest as there.  One thread works on a head, so that no result depends on their number. */
+   the rest as there.  One thread works on a head, so that no result depends on their number.
+   bf16: where mg_has_bf16(), products other than scores take numbers rounded to bfloat16. */
 enum mg_status mg_attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *out,
                                      const float *lse, const float *q, const float *k, const float *v,
                                      size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch,
-                                     size_t v_row, int causal, size_t n_batch, size_t n_head, size_t t_q, size_t t_k,
-                                     size_t d);
+                                     size_t v_row, int causal, int bf16, size_t n_batch, size_t n_head, size_t t_q,
+                                     size_t t_k, size_t d);
 
 /* Whether the instruction set in use multiplies bfloat16. */
 int mg_has_bf16(void);

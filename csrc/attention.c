@@ -171,7 +171,8 @@ enum mg_status mg_attention_lse(float *out, float *lse, const float *q, const fl
 
 struct backward {
     const struct mg_kernels *kernels;
-    struct mg_attention_gradient all;
+    const struct mg_bf16 *bf16;         /* NULL: in float32 */
+    struct mg_attention_head all;
     size_t q_batch, k_batch, v_batch, n_head;
     struct mg_scratch scratch;
 };
@@ -179,7 +180,7 @@ struct backward {
 static void backward_head(void *context, size_t task, size_t worker)
 {
     const struct backward *job = context;
-    struct mg_attention_gradient head = job->all;
+    struct mg_attention_head head = job->all;
     size_t batch = task / job->n_head, column = task % job->n_head * head.d;
     size_t queries = batch * head.t_q * head.dense_row + column, keys = batch * head.t_k * head.dense_row + column;
     head.dq += queries;
@@ -191,17 +192,21 @@ static void backward_head(void *context, size_t task, size_t worker)
     head.q += batch * job->q_batch + column;
     head.k += batch * job->k_batch + column;
     head.v += batch * job->v_batch + column;
-    job->kernels->attend_backward(&head, mg_scratch_of(&job->scratch, worker));
+    if (job->bf16 != NULL)
+        job->bf16->attend_backward(&head, mg_scratch_of(&job->scratch, worker));
+    else
+        job->kernels->attend_backward(&head, mg_scratch_of(&job->scratch, worker));
 }
 
 enum mg_status mg_attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *out,
                                      const float *lse, const float *q, const float *k, const float *v,
                                      size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch,
-                                     size_t v_row, int causal, size_t n_batch, size_t n_head, size_t t_q, size_t t_k,
-                                     size_t d)
+                                     size_t v_row, int causal, int bf16, size_t n_batch, size_t n_head, size_t t_q,
+                                     size_t t_k, size_t d)
 {
     struct backward job = {
-        .kernels = mg_kernels(), .q_batch = q_batch, .k_batch = k_batch, .v_batch = v_batch, .n_head = n_head,
+        .kernels = mg_kernels(), .bf16 = bf16 ? mg_bf16() : NULL, .q_batch = q_batch, .k_batch = k_batch,
+        .v_batch = v_batch, .n_head = n_head,
         .all = {.dq = dq, .dk = dk, .dv = dv, .dout = dout, .out = out, .lse = lse, .q = q, .k = k, .v = v,
                 .dense_row = n_head * d, .q_row = q_row, .k_row = k_row, .v_row = v_row, .causal = causal,
                 .t_q = t_q, .t_k = t_k, .d = d}};
@@ -209,7 +214,8 @@ enum mg_status mg_attention_backward(float *dq, float *dk, float *dv, const floa
         return MG_BAD_VALUE;
     if (n_batch == 0 || n_head == 0 || d == 0)
         return MG_OK;
-    if (!mg_get_scratch(&job.scratch, job.kernels->attend_backward_floats(d) * sizeof(float), n_batch * n_head))
+    size_t words = job.bf16 != NULL ? job.bf16->attend_backward_words(t_k, d) : job.kernels->attend_backward_floats(d);
+    if (!mg_get_scratch(&job.scratch, words * sizeof(float), n_batch * n_head))
         return MG_NO_MEMORY;
     mg_run(backward_head, &job, n_batch * n_head, job.scratch.n_workers);
     free(job.scratch.data);

@@ -11,7 +11,7 @@ enum { LANES = 8, VECTORS = 3, WIDTH = LANES * VECTORS, TILE = 4, KEYS = 48, ROW
 
 /* What a block of queries needs; matrices (., width), width = lanes in use. */
 struct state {
-    const struct mg_attention_gradient *head;
+    const struct mg_attention_head *head;
     float *q, *dout, *dq;       /* (d, width), q scaled so that scores are base-2 logarithms */
     float *p, *dscore;          /* (KEYS, width) */
     __m256 lse[VECTORS], delta[VECTORS];
@@ -191,7 +191,7 @@ TARGET static void add_rows(float *sum, const float *weight, size_t width, const
 /* -> the number of keys that the block's last query sees; *first_end that of its first. */
 TARGET static size_t load_queries(struct state *s, size_t vectors, size_t *first_end)
 {
-    const struct mg_attention_gradient *h = s->head;
+    const struct mg_attention_head *h = s->head;
     size_t width = vectors * LANES, n_keys = 0;
     float lse[WIDTH] = {0}, delta[WIDTH] = {0}, unit = s->scale * (float)MG_LOG2_E;
     int32_t seen[WIDTH] = {0};
@@ -219,7 +219,7 @@ TARGET static size_t load_queries(struct state *s, size_t vectors, size_t *first
 
 MG_INLINE TARGET void backward_vectors(struct state *s, const size_t vectors)
 {
-    const struct mg_attention_gradient *h = s->head;
+    const struct mg_attention_head *h = s->head;
     size_t width = vectors * LANES, first_end;
     s->dout = s->q + h->d * width;
     s->dq = s->dout + h->d * width;
@@ -243,7 +243,7 @@ MG_INLINE TARGET void backward_vectors(struct state *s, const size_t vectors)
             h->dq[(s->first + l) * h->dense_row + i] = s->dq[i * width + l];
 }
 
-TARGET void mg_avx2_attend_backward(const struct mg_attention_gradient *head, float *scratch)
+TARGET void mg_avx2_attend_backward(const struct mg_attention_head *head, float *scratch)
 {
     struct state s = {.head = head, .p = scratch, .dscore = scratch + KEYS * WIDTH, .q = scratch + 2 * KEYS * WIDTH,
                       .scale = (float)(1.0 / sqrt((double)head->d))};

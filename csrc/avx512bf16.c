@@ -137,5 +137,10 @@ TARGET static void tile(const struct mg_bf16_tile *t)
         tile_of(t, 1);
 }
 
-const struct mg_bf16 mg_avx512bf16 = {.pack = pack, .tile = tile};
+const struct mg_bf16 mg_avx512bf16 = {
+    .pack = pack,
+    .tile = tile,
+    .attend_backward_words = mg_avx512bf16_attend_backward_words,
+    .attend_backward = mg_avx512bf16_attend_backward,
+};
 #endif

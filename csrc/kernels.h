@@ -47,9 +47,9 @@ struct mg_attention_block {
     size_t k_row, v_row, gate_width, n_query, d;
 };
 
-/* One head of attention's backward: dout, out and dq (t_q,d), dk and dv (t_k,d), all with rows dense_row apart; lse (t_q).
-   Query i sees keys j <= i + t_k - t_q, or all. */
-struct mg_attention_gradient {
+/* One head of attention's backward: out, dout and dq (t_q,d), dk and dv (t_k,d), all with rows dense_row apart; lse
+   (t_q).  Query i sees keys j <= i + t_k - t_q, or all. */
+struct mg_attention_head {
     float *dq, *dk, *dv;
     const float *dout, *out, *lse, *q, *k, *v;
     size_t dense_row, q_row, k_row, v_row;
@@ -104,7 +104,7 @@ struct mg_kernels {
 
     /* The backward of a head, with scratch memory. */
     size_t (*attend_backward_floats)(size_t d);
-    void (*attend_backward)(const struct mg_attention_gradient *head, float *scratch);
+    void (*attend_backward)(const struct mg_attention_head *head, float *scratch);
 
     const struct mg_rows *rows;
 };
@@ -122,9 +122,9 @@ size_t mg_avx512_attend_floats(size_t d);
 void mg_avx512_attend(const struct mg_attention_block *block, float *scratch);
 void mg_avx512_attend_range(const struct mg_attention_range *range);
 size_t mg_avx2_attend_backward_floats(size_t d);
-void mg_avx2_attend_backward(const struct mg_attention_gradient *head, float *scratch);
+void mg_avx2_attend_backward(const struct mg_attention_head *head, float *scratch);
 size_t mg_avx512_attend_backward_floats(size_t d);
-void mg_avx512_attend_backward(const struct mg_attention_gradient *head, float *scratch);
+void mg_avx512_attend_backward(const struct mg_attention_head *head, float *scratch);
 #endif
 
 const struct mg_kernels *mg_kernels(void);
@@ -145,9 +145,13 @@ struct mg_bf16_tile {
 struct mg_bf16 {
     void (*pack)(uint32_t *panels, size_t stride, const float *x, size_t x_row, size_t x_column, size_t rows, size_t k);
     void (*tile)(const struct mg_bf16_tile *tile);
+    size_t (*attend_backward_words)(size_t t_k, size_t d);     /* size of scratch */
+    void (*attend_backward)(const struct mg_attention_head *head, uint32_t *scratch);
 };
 #if defined(__x86_64__)
 extern const struct mg_bf16 mg_avx512bf16;
+size_t mg_avx512bf16_attend_backward_words(size_t t_k, size_t d);
+void mg_avx512bf16_attend_backward(const struct mg_attention_head *head, uint32_t *scratch);
 #endif
 const struct mg_bf16 *mg_bf16(void);    /* NULL where the instruction set in use has none */
 

@@ -293,7 +293,7 @@ static size_t attend_backward_floats(size_t d)
 }
 
 /* One query and the keys that it sees, one by one. */
-static void query_backward(const struct mg_attention_gradient *h, size_t t)
+static void query_backward(const struct mg_attention_head *h, size_t t)
 {
     const float *q = h->q + t * h->q_row, *dout = h->dout + t * h->dense_row;
     float *dq = h->dq + t * h->dense_row, scale = (float)(1.0 / sqrt((double)h->d));
@@ -313,7 +313,7 @@ static void query_backward(const struct mg_attention_gradient *h, size_t t)
     }
 }
 
-static void attend_backward(const struct mg_attention_gradient *h, float *scratch)
+static void attend_backward(const struct mg_attention_head *h, float *scratch)
 {
     (void)scratch;
     for (size_t j = 0; j < h->t_k; j++) {

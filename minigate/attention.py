@@ -78,25 +78,26 @@ def gate_logits_backward(dlogits, kind: str, h, p: Mapping[str, np.ndarray], n_h
     return np.einsum("bthk,hkd->bthd", dhidden, p["0.weight"]).reshape(h.shape), dp
 
 
-def gated_attention(q, k, v, h, kind: str, p, n_head: int, scale: float, causal: bool) -> tuple:
+def gated_attention(q, k, v, h, kind: str, p, n_head: int, scale: float, causal: bool, bf16: bool = False) -> tuple:
     """q h (B, T_q, D), k v (B, T_k, D), p the gate's parameters -> out (B, T_q, D), cache: the forward of training."""
     a, lse = training_kernels.attention_lse(q, k, v, n_head, causal)
     g = gate(kind, h, p, n_head, scale)
     out = a if g is None else times_gate(a, g)
-    return out, (a, lse, q, k, v, h, g, kind, p, n_head, scale, causal)
+    return out, (a, lse, q, k, v, h, g, kind, p, n_head, scale, causal, bf16)
 
 
 def gated_attention_backward(dout, cache) -> tuple:
     """dout (B, T_q, D) -> dq, dk, dv, dh (None for kind `none`), gradients of the gate by parameter name."""
-    a, lse, q, k, v, h, g, kind, p, n_head, scale, causal = cache
+    a, lse, q, k, v, h, g, kind, p, n_head, scale, causal, bf16 = cache
     if g is None:
-        return *training_kernels.attention_backward(dout, a, lse, q, k, v, n_head, causal), None, {}
+        return *training_kernels.attention_backward(dout, a, lse, q, k, v, n_head, causal, bf16), None, {}
     dg = dout * a
     if kind != "elementwise":
         dg = dg.reshape(*dg.shape[:2], n_head, -1).sum(-1)
     dlogits = dg * g * (1 - g / g.dtype.type(scale))  # g = scale σ and σ' = σ (1 - σ)
     dh, dp = gate_logits_backward(dlogits, kind, h, p, n_head)
-    return *training_kernels.attention_backward(times_gate(dout, g), a, lse, q, k, v, n_head, causal), dh, dp
+    da = times_gate(dout, g)
+    return *training_kernels.attention_backward(da, a, lse, q, k, v, n_head, causal, bf16), dh, dp
 
 
 def times_gate(x: np.ndarray, g: np.ndarray) -> np.ndarray:

@@ -18,11 +18,11 @@ def linear(x, weight, bias=None, bf16=False):
     return y.reshape(*x.shape[:-1], -1), (x, weight, bias is not None, bf16)
 
 
-def linear_backward(dy, cache):
-    """dy (…, N) -> dx (…, K), dweight (N, K), dbias (N,) or None."""
+def linear_backward(dy, cache, dx_wanted=True):
+    """dy (…, N) -> dx (…, K) or None, dweight (N, K), dbias (N,) or None."""
     x, weight, has_bias, bf16 = cache
     dy, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dx = training_kernels.product_nn(dy, weight, bf16).reshape(x.shape)
+    dx = training_kernels.product_nn(dy, weight, bf16).reshape(x.shape) if dx_wanted else None
     return dx, training_kernels.product_tn(dy, rows, bf16), training_kernels.column_sums(dy) if has_bias else None
 
 
@@ -32,15 +32,18 @@ def conv1d(x, weight, bias, stride, bf16=False):
     return y, (cache, x.shape, stride)
 
 
-def conv1d_backward(dy, cache):
-    """dy (B, T', N) -> dx (B, T, C), dweight (N, C, 3), dbias (N,)."""
+def conv1d_backward(dy, cache, dx_wanted=True):
+    """dy (B, T', N) -> dx (B, T, C) or None, dweight (N, C, 3), dbias (N,)."""
     linear_cache, (b, t, c), stride = cache
-    drows, dmatrix, dbias = linear_backward(dy, linear_cache)
+    drows, dmatrix, dbias = linear_backward(dy, linear_cache, dx_wanted)
+    dweight = dmatrix.reshape(-1, CONV_WIDTH, c).transpose(0, 2, 1)
+    if not dx_wanted:
+        return None, dweight, dbias
     drows = drows.reshape(b, -1, CONV_WIDTH, c)
     dpadded = np.zeros((b, t + CONV_WIDTH - 1, c), dy.dtype)
     for i in range(CONV_WIDTH):
         dpadded[:, i : i + stride * drows.shape[1] : stride] += drows[:, :, i]
-    return dpadded[:, 1:-1], dmatrix.reshape(-1, CONV_WIDTH, c).transpose(0, 2, 1), dbias
+    return dpadded[:, 1:-1], dweight, dbias
 
 
 def layer_norm(x, weight, bias, eps=1e-5):

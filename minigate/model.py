@@ -111,7 +111,7 @@ def encoder_backward(ops, dims: Dims, dxa: np.ndarray) -> None:
         dx = mlp_backward(ops, block, dx)
         dx = self_attention_backward(ops, block, dx)
     dx = ops.conv_backward("encoder.conv2", dx)
-    ops.conv_backward("encoder.conv1", dx)
+    ops.conv_backward("encoder.conv1", dx, dx_wanted=False)
 
 
 def cross_keys_values_backward(ops, dims: Dims, dcross: list[tuple]) -> np.ndarray:

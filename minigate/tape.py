@@ -55,10 +55,10 @@ class Recorded(ops.Float):
         self.push(name, conv_cache, gelu_cache)
         return y
 
-    def conv_backward(self, name: str, dy):
-        """dy (B, T', N) -> dx (B, T, C)."""
+    def conv_backward(self, name: str, dy, dx_wanted: bool = True):
+        """dy (B, T', N) -> dx (B, T, C), None unless it is wanted."""
         conv_cache, gelu_cache = self.pop(name)
-        dx, dweight, dbias = layers.conv1d_backward(layers.gelu_backward(dy, gelu_cache), conv_cache)
+        dx, dweight, dbias = layers.conv1d_backward(layers.gelu_backward(dy, gelu_cache), conv_cache, dx_wanted)
         self.add(f"{name}.weight", dweight)
         self.add(f"{name}.bias", dbias)
         return dx
@@ -117,7 +117,9 @@ class Recorded(ops.Float):
 
     def attention(self, name: str, q, k, v, h, n_head: int, causal: bool):
         gate = self.gates.get(name)
-        y, cache = attention.gated_attention(q, k, v, h, self.gate_kind, gate, n_head, self.gate_scale, causal)
+        y, cache = attention.gated_attention(
+            q, k, v, h, self.gate_kind, gate, n_head, self.gate_scale, causal, self.bf16
+        )
         self.push(name, cache)
         return y
 

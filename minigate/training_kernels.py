@@ -62,8 +62,10 @@ def attention_lse(q, k, v, n_head: int, causal=False) -> tuple[np.ndarray, np.nd
     return out, lse
 
 
-def attention_backward(dout, out, lse, q, k, v, n_head: int, causal=False) -> tuple[np.ndarray, ...]:
-    """dout (B, Tq, D), out and lse of attention_lse -> dq (B, Tq, D), dk dv (B, Tk, D), without a Tq x Tk matrix."""
+def attention_backward(dout, out, lse, q, k, v, n_head: int, causal=False, bf16=False) -> tuple[np.ndarray, ...]:
+    """dout (B, Tq, D), out and lse of attention_lse -> dq (B, Tq, D), dk dv (B, Tk, D), without a Tq x Tk matrix.
+
+    bf16: where has_bf16(), all products but the scores are of numbers rounded to bfloat16."""
     q, k, v, sizes = _heads(q, k, v, n_head, causal)
     dout, out = _array("dout", dout, q.shape, q.dtype), _array("out", out, q.shape, q.dtype)
     lse = _array("lse", lse, sizes[:3], q.dtype)
@@ -72,7 +74,7 @@ def attention_backward(dout, out, lse, q, k, v, n_head: int, causal=False) -> tu
     dq, dk, dv = (np.empty(x.shape, F32) for x in (q, k, v))
     (q_data, *q_strides), (k_data, *k_strides), (v_data, *v_strides) = _view(q), _view(k), _view(v)
     _check(lib.mg_attention_backward(*(_floats(x) for x in (dq, dk, dv, dout, out, lse)), q_data, k_data, v_data,
-                                     *q_strides, *k_strides, *v_strides, causal, *sizes))  # fmt: skip
+                                     *q_strides, *k_strides, *v_strides, causal, bf16, *sizes))  # fmt: skip
     return dq, dk, dv
 
 

@@ -14,11 +14,14 @@ from tests.kernelcases import floats
 from tests.test_csrc import at_page_end, guarded, pointer, unharmed
 
 ATTENTION_ERROR = 5e-6  # absolute, of sums of order 1, with scores of order 1
+BF16_ERROR = 8e-3  # relative to the norm, or to order 1
 LARGE_SCORE_ERROR = 5e-5  # relative to the largest, with scores of order 100: float32 leaves 1e-5 in the exponent
 ROW_ERROR = 2e-6  # absolute for each term of order 1 in a sum
 GELU_SLOPE_ERROR = 3e-6  # absolute
 LOSS_ERROR = 5e-7  # absolute, of a difference of probabilities
 PRODUCT_ERROR = 1e-6  # absolute for each term of order 1
+needs_bf16 = pytest.mark.skipif(not tk.has_bf16(), reason="cpu lacks avx512_bf16")
+
 
 @pytest.fixture
 def rng():
@@ -60,6 +63,22 @@ def test_attention_and_its_backward(isa, case, rng):
         near(got, right, ATTENTION_ERROR)
 
 
+@needs_bf16
+@pytest.mark.parametrize("case", CASES)
+def test_attention_backward_in_bf16(case, rng):
+    b, h, t_q, t_k, d, causal = case
+    q, dout = floats(rng, 2, b, t_q, h * d)
+    k, v = floats(rng, 2, b, t_k, h * d)
+    wanted = backward.attention_lse(*doubles(q, k, v), h, causal)
+    out, lse = tk.attention_lse(q, k, v, h, causal)
+    gradients = tk.attention_backward(dout, out, lse, q, k, v, h, causal, True)
+    exact = backward.attention_backward(dout.astype(float), *wanted, *doubles(q, k, v), h, causal)
+    for got, right in zip(gradients, exact, strict=True):
+        assert got.dtype == np.float32
+        assert np.linalg.norm(got - right) <= BF16_ERROR * max(np.linalg.norm(right), np.sqrt(right.size))
+    assert not np.array_equal(gradients[2], tk.attention_backward(dout, out, lse, q, k, v, h, causal)[2])
+
+
 def test_attention_backward_takes_views_and_large_scores(isa, rng):
     whole = 6 * floats(rng, 2, 70, 3 * 32)
     q, k, v = (whole[:, :, i : i + 32] for i in (0, 32, 64))
@@ -73,18 +92,20 @@ def test_attention_backward_takes_views_and_large_scores(isa, rng):
 
 @pytest.mark.parametrize("t_q, t_k", [(1, 7), (24, 25), (50, 49)])
 @pytest.mark.parametrize("d", [1, 15, 17, 64])
-def test_attention_backward_keeps_to_its_arrays(compiled_isa, t_q, t_k, d, rng):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_attention_backward_keeps_to_its_arrays(compiled_isa, t_q, t_k, d, bf16, rng):
     n_head, lib, keep = 2, kernels.lib, []
     row = n_head * d
     q, dout = (at_page_end(floats(rng, t_q, row), keep) for _ in range(2))
     k, v = (at_page_end(floats(rng, t_k, row), keep) for _ in range(2))
     (room, out), (lse_room, lse) = guarded((t_q, row), np.float32), guarded((n_head, t_q), np.float32)
-    sizes = (0, row, 0, row, 0, row, False, 1, n_head, t_q, t_k, d)
-    assert lib.mg_attention_lse(*map(pointer, (out, lse, q, k, v)), *sizes) == lib.MG_OK
+    strides, sizes = (0, row, 0, row, 0, row, False), (1, n_head, t_q, t_k, d)
+    assert lib.mg_attention_lse(*map(pointer, (out, lse, q, k, v)), *strides, *sizes) == lib.MG_OK
     assert unharmed(room) and unharmed(lse_room)
     out, lse = at_page_end(out, keep), at_page_end(lse, keep)
     rooms, grads = zip(*(guarded((t, row), np.float32) for t in (t_q, t_k, t_k)), strict=True)
-    assert lib.mg_attention_backward(*map(pointer, (*grads, dout, out, lse, q, k, v)), *sizes) == lib.MG_OK
+    arrays = map(pointer, (*grads, dout, out, lse, q, k, v))
+    assert lib.mg_attention_backward(*arrays, *strides, bf16, *sizes) == lib.MG_OK
     assert all(map(unharmed, rooms))
 
 
@@ -109,9 +130,6 @@ def test_products(isa, shape, bf16, rng):
     near(tk.product_tn(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), bf16), wanted, bound)
     if rounded and k > 30:
         assert np.abs(wanted - exact).max() > 2 * bound  # so that rounding shows
-
-
-needs_bf16 = pytest.mark.skipif(not tk.has_bf16(), reason="cpu lacks avx512_bf16")
 
 
 @needs_bf16
@@ -265,6 +283,7 @@ def test_sum_of_squares(isa, size, rng):
 def all_kernels(rng):
     q, k, v, dout = floats(rng, 4, 2, 130, 96)
     out, lse = tk.attention_lse(q, k, v, 3, True)
+    gradients = [tk.attention_backward(dout, out, lse, q, k, v, 3, True, bf16) for bf16 in (False, True)]
     a, b, c = floats(rng, 3, 300, 200)
     products = [f(x, y, bf16=True) for f in (tk.product_nt, tk.product_tn) for x, y in ((a, b), (b, c))]
     if not tk.has_bf16():
@@ -273,7 +292,7 @@ def all_kernels(rng):
     dlogits = np.empty_like(x)
     values = tk.logit_losses(x, teacher, np.arange(90), 2.0, 0.5, 0.7, dlogits)
     numbers = [tk.magnitude(x), tk.power_sum(x, 5.0, 4), tk.sum_squares(x)]
-    return [out, lse, *tk.attention_backward(dout, out, lse, q, k, v, 3, True), *products, values, dlogits, numbers,
+    return [out, lse, *gradients[0], *gradients[1], *products, values, dlogits, numbers,
             *tk.layer_norm_backward(a, b, a[0]), tk.gelu_backward(a, b), tk.column_sums(a),
             tk.power_backward(x, 5.0, 0.3, 4)]  # fmt: skip
 
