@@ -73,7 +73,15 @@ def embedding(tokens, table):
 
 def embedding_backward(dy, cache):
     """dy (B, T, D) -> dtable (V, D)."""
-    tokens, shape = cache
-    dtable = np.zeros(shape, dy.dtype)
-    np.add.at(dtable, tokens, dy)
+    dtable = np.zeros(cache[1], dy.dtype)
+    rows, drows = embedding_rows_backward(dy, cache)
+    dtable[rows] = drows
     return dtable
+
+
+def embedding_rows_backward(dy, cache):
+    """dy (B, T, D) -> the R rows of the table that were used (R,), their gradients (R, D)."""
+    rows, places = np.unique(cache[0], return_inverse=True)
+    drows = np.zeros((len(rows), dy.shape[-1]), dy.dtype)
+    np.add.at(drows, places.reshape(cache[0].shape), dy)
+    return rows, drows

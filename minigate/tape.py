@@ -73,7 +73,11 @@ class Recorded(ops.Float):
     def embed_backward(self, dy) -> None:
         """dy (B, T, D); the positions start at 0."""
         (cache,) = self.pop("embed")
-        self.add(TOKEN_EMBEDDING, layers.embedding_backward(dy, cache))
+        if TOKEN_EMBEDDING in self.grads:  # from the logits: no second array of its size is needed
+            rows, drows = layers.embedding_rows_backward(dy, cache)
+            self.grads[TOKEN_EMBEDDING][rows] += drows
+        else:
+            self.add(TOKEN_EMBEDDING, layers.embedding_backward(dy, cache))
         dpositions = np.zeros_like(self.p["decoder.positional_embedding"])
         dpositions[: dy.shape[1]] = dy.sum(0)
         self.add("decoder.positional_embedding", dpositions)
