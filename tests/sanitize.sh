@@ -10,7 +10,7 @@ cd "$folder"
 rm -f minigate/_kernels*.so
 export MINIGATE_REQUIRE_EXTENSION=1
 pip install -q 'setuptools>=70.1' cffi
-MINIGATE_CFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" python setup.py -q build_ext --inplace
+MINIGATE_CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" python setup.py -q build_ext --inplace
 # Python itself leaks by design, and its allocator hides overruns unless it is plain malloc.
 export ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc LD_PRELOAD="$(gcc -print-file-name=libasan.so)"
 python -m pytest -q -p no:cacheprovider tests/test_kernels*.py tests/test_csrc.py
