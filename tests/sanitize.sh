@@ -4,7 +4,7 @@
 set -euo pipefail
 folder=$1
 mkdir -p "$folder"
-cp -r setup.py pyproject.toml csrc minigate tests "$folder/"
+cp -r setup.py pyproject.toml csrc minigate tests tools "$folder/"
 mkdir -p "$folder/weights"
 cd "$folder"
 rm -f minigate/_kernels*.so
