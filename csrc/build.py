@@ -30,7 +30,7 @@ ffi.set_source(
     "minigate._kernels",
     PREAMBLE,
     sources=[f"csrc/{name}" for name in SOURCES],
-    depends=[f"csrc/{name}" for name in ("api.h", "kernels.h", "rows.h", "build.py")],
+    depends=[f"csrc/{name}" for name in ("api.h", "kernels.h", "lanes.h", "lossrows.h", "rows.h", "build.py")],
     include_dirs=["csrc"],
     extra_compile_args=FLAGS + shlex.split(os.environ.get("MINIGATE_CFLAGS", "")),
     extra_link_args=["-pthread"] + shlex.split(os.environ.get("MINIGATE_CFLAGS", "")),

@@ -1,6 +1,6 @@
 /* Plain C: the specification that the other instruction sets are tested against, and what runs on other processors.
    Vectors of 16 bytes are what gcc and clang make of any processor's, or of its scalars. */
-#include "rows.h"
+#include "lanes.h"
 
 #include <math.h>
 #include <string.h>

@@ -165,7 +165,7 @@ def engine_torch(o: dict):
         kl = F.kl_div(F.log_softmax(logits / TEMPERATURE, -1), soft, reduction="batchmean", log_target=True)
         loss = KL * TEMPERATURE**2 * kl + CE * F.cross_entropy(logits, d["targets"][scored])
         if o["outlier_weight"]:
-            means = [(a.float() / TAU).pow(4).mean() for a in seen]
+            means = [(a.float() / TAU).square().square().mean() for a in seen]  # pow is slower
             loss = loss + o["outlier_weight"] * torch.log1p(torch.stack(means)).mean()
         return loss
 
