@@ -83,8 +83,8 @@ enum mg_status mg_attention_backward(float *dq, float *dk, float *dv, const floa
 /* Whether the instruction set in use multiplies bfloat16. */
 int mg_has_bf16(void);
 
-/* c[i][j] = bias[j] + sum_k a(i,k) b(j,k), a and b rounded to bfloat16 (ties to even, what is below 2^-126 to zero), sums
-   in float32.  c (m,n) dense; a(i,k) = a[i * a_row + k * a_column], one of these strides being 1; b alike, j for i; bias
+/* c[i][j] = bias[j] + sum_k a(i,k) b(j,k), a and b rounded to bfloat16 (ties to even, what is below 2^-126 to zero),
+   sums in float32.  c (m,n) dense; a(i,k) = a[i * a_row + k * a_column], one of these strides being 1; b alike, j for i; bias
    (n) or NULL.  MG_BAD_ISA: mg_has_bf16() is 0. */
 enum mg_status mg_product_bf16(float *c, const float *a, const float *b, const float *bias, size_t a_row,
                                size_t a_column, size_t b_row, size_t b_column, size_t m, size_t n, size_t k);

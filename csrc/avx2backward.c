@@ -1,5 +1,5 @@
-/* AVX2 with FMA: the backward of attention in float32, as in avx512backward.c, with 24 queries across the lanes and 12 of
-   16 registers as sums. */
+/* AVX2 with FMA: the backward of attention in float32, as in avx512backward.c, with 24 queries across the lanes and 12
+   of 16 registers as sums. */
 #if defined(__x86_64__)
 #include "kernels.h"
 

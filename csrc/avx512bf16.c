@@ -1,5 +1,5 @@
-/* AVX512-BF16: products of numbers rounded to bfloat16, summed in float32.  dpbf16 multiplies pairs along k; both operands
-   are packed alike, in panels of 16 rows: panel[pair][row] holds two elements of that row.  A tile of the result has
+/* AVX512-BF16: products of numbers rounded to bfloat16, summed in float32.  dpbf16 multiplies pairs along k; both
+   operands are packed alike, in panels of 16 rows: panel[pair][row] holds two elements of that row.  A tile of the result has
    8 rows of the one, broadcast, and 3 panels of the other, which fills 24 of 32 registers with sums. */
 #if defined(__x86_64__)
 #include "kernels.h"

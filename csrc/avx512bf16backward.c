@@ -1,7 +1,7 @@
 /* AVX512-BF16: the backward of attention, a head at a time.  Scores, which may be large before the exponential, are
    float32 as in avx512backward.c; in the other products numbers are rounded to bfloat16 and summed in float32.  Their
-   operands are packed in panels of 16 rows as in avx512bf16.c.  48 queries lie across the lanes, in 3 vectors or panels;
-   what is summed over queries takes P and dscore row by row instead. */
+   operands are packed in panels of 16 rows as in avx512bf16.c.  48 queries lie across the lanes, in 3 vectors or
+   panels; what is summed over queries takes P and dscore row by row instead. */
 #if defined(__x86_64__)
 #include "kernels.h"
 

@@ -140,8 +140,8 @@ struct mg_bf16_tile {
     int add;
 };
 
-/* pack: rows of k elements x[r * x_row + i * x_column], one stride being 1, rounded to bfloat16, into panels of 16 rows,
-   stride apart: pairs of elements, [pair][row], with zeros beyond the last row and beyond k. */
+/* pack: rows of k elements x[r * x_row + i * x_column], one stride being 1, rounded to bfloat16, into panels of 16
+   rows, stride apart: pairs of elements, [pair][row], with zeros beyond the last row and beyond k. */
 struct mg_bf16 {
     void (*pack)(uint32_t *panels, size_t stride, const float *x, size_t x_row, size_t x_column, size_t rows, size_t k);
     void (*tile)(const struct mg_bf16_tile *tile);

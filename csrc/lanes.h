@@ -1,5 +1,5 @@
-/* Sums and exponentials in plain C that compilers vectorize.  Sums run over MG_LANES partial sums, so that their order is
-   the same everywhere. */
+/* Sums and exponentials in plain C that compilers vectorize.  Sums run over MG_LANES partial sums, so that their order
+   is the same everywhere. */
 #ifndef MG_LANES_H
 #define MG_LANES_H
 

@@ -1,5 +1,5 @@
-/* Products in bfloat16.  Both operands are packed in blocks along k, which stay in the caches: one of them as a whole at
-   first, the other block by block, of MG_BF16_OWN rows, by the task that multiplies it with the former.  Tasks do not
+/* Products in bfloat16.  Both operands are packed in blocks along k, which stay in the caches: one of them as a whole
+   at first, the other block by block, of OWN rows, by the task that multiplies it with the former.  Tasks do not
    depend on the number of threads, and neither does a sum's order. */
 #include "kernels.h"
 
