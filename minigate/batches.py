@@ -7,7 +7,8 @@ the same however many processes share it: process r of n takes every n-th window
 
 `full`: every window is 30 s long for the model. `variable`: a batch holds windows of about the same length, and is as
 long as the longest of them, rounded up to 1 s; shorter ones are padded with zeros like the end of a recording in
-transcription. The student's log-mel is the beginning of the teacher's.
+transcription. The student's log-mel is the beginning of the teacher's. A share of its windows can be heard padded to
+30 s in every epoch, others each time: a student that never hears long silence keeps its teacher's outliers there.
 
 Shapes: B windows, T frames of 10 ms, L decoder positions, D n_state of the teacher.
 """
@@ -53,27 +54,30 @@ class Batch:
 class Order:
     """Every window once an epoch, in batches of at most batch_seconds as the model hears them, one window at least.
 
+    padded_share: of the windows of an epoch, chosen anew for each, those that the model hears as 30 s.
     The position moves with next(); state() and restore() keep it. Order and batches are those of (seed, epoch).
     """
 
-    def __init__(self, windows: Sequence[Window], audio_context: str, batch_seconds: float, seed: int):
+    def __init__(self, windows: Sequence[Window], audio_context: str, batch_seconds: float, seed: int,
+                 padded_share: float = 0.0):  # fmt: skip
         if audio_context not in AUDIO_CONTEXTS:
             raise UsageError(f"audio_context: expected one of {' '.join(AUDIO_CONTEXTS)}, got {audio_context!r}")
         if not batch_seconds > 0:
             raise UsageError(f"batch_seconds: expected a number above 0, got {batch_seconds!r}")
         if not windows:
             raise FileError("training data: expected a window of sound at least, got none")
-        self.windows, self.seed, self.batch_seconds = list(windows), seed, batch_seconds
+        self.windows, self.seed = list(windows), seed
+        self.batch_seconds, self.padded_share = batch_seconds, padded_share
         rounded = [w.rounded_s for w in windows]
         self.length_s = np.array(rounded if audio_context == "variable" else [CHUNK_LENGTH_S] * len(windows))
-        self.data = f"{plan_hash(windows)[:32]} {audio_context} {batch_seconds:g} {seed}"
+        self.data = f"{plan_hash(windows)[:32]} {audio_context} {batch_seconds:g} {seed} {padded_share:g}"
         self.epoch, self.index = 0, 0  # of the batch that next() gives
         self._batches = self._epoch(0)
 
     def next(self) -> Draw:
         """The batch at the position, which moves on, into the next epoch after the last one."""
-        members = self._batches[self.index]
-        draw = Draw(self.epoch, tuple(self.windows[i] for i in members), int(self.length_s[members].max()))
+        members, length_s = self._batches[self.index]
+        draw = Draw(self.epoch, tuple(self.windows[i] for i in members), length_s)
         self.index += 1
         if self.index == len(self._batches):
             self.epoch, self.index = self.epoch + 1, 0
@@ -93,24 +97,27 @@ class Order:
         return {"epoch": self.epoch, "index": self.index, "data": self.data}
 
     def restore(self, state: dict) -> None:
-        """Go to a position. FileError when it is one in other data, or with another context, batch size or seed."""
+        """Go to a position. FileError when it is one in other data, or in another order."""
         if state["data"] != self.data:
-            raise FileError("training data: expected the windows, audio context, batch seconds and seed of the "
-                            f"checkpoint ({state['data']}), got {self.data}")  # fmt: skip
+            raise FileError("training data: expected the windows, audio context, batch seconds, seed and padded share "
+                            f"of the checkpoint ({state['data']}), got {self.data}")  # fmt: skip
         self._batches = self._epoch(state["epoch"])
         self.epoch, self.index = state["epoch"], state["index"]
 
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
-        """-> for each batch its windows' places. Windows in random order are sorted by length, cut into batches as
-        full as they may be, and these are shuffled."""
+    def _epoch(self, epoch: int) -> list[tuple[np.ndarray, int]]:
+        """-> for each batch its windows' places and the seconds heard of each. Windows in random order are sorted by
+        length, cut into batches as full as they may be, and these are shuffled."""
         random = np.random.default_rng([self.seed, epoch])
         order = random.permutation(len(self.windows))
-        order = order[np.argsort(self.length_s[order], kind="stable")]
+        length_s = self.length_s
+        if self.padded_share:
+            length_s = np.where(random.random(len(length_s)) < self.padded_share, CHUNK_LENGTH_S, length_s)
+        order = order[np.argsort(length_s[order], kind="stable")]
         batches, start = [], 0
         for end in range(1, len(order) + 1):
-            longer = end == len(order) or (end + 1 - start) * self.length_s[order[end]] > self.batch_seconds
+            longer = end == len(order) or (end + 1 - start) * length_s[order[end]] > self.batch_seconds
             if longer:
-                batches.append(order[start:end])
+                batches.append((order[start:end], int(length_s[order[end - 1]])))
                 start = end
         return [batches[i] for i in random.permutation(len(batches))]
 

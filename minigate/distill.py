@@ -20,7 +20,7 @@ from minigate import training_kernels
 from minigate.errors import UsageError
 from minigate.options import Checks
 
-OUTLIER_GROUPS = ("block", "mlp", "final-norm")
+OUTLIER_GROUPS = ("block", "mlp", "final-norm", "mlp-hidden")
 FINAL_NORMS = ("encoder.ln_post", "decoder.ln")
 CHUNK_BYTES = 1 << 19  # rows of logits differentiated at one time; some seven arrays of this size exist
 BLOCK = 1 << 15  # elements of an activation at one time: stays in the second-level cache
@@ -42,7 +42,7 @@ class DistillOptions:
     outlier_weight: float = 0.0  # of the mean over tensors of log(1 + E[(|A| / outlier_tau)^outlier_power])
     outlier_tau: float = 6.0  # above this an activation counts much, below it little
     outlier_power: float = 4.0  # above 1, or the gradient jumps at 0
-    outlier_tensors: str | Iterable[str] = OUTLIER_GROUPS  # any of OUTLIER_GROUPS, or a string of them with commas
+    outlier_tensors: str | Iterable[str] = OUTLIER_GROUPS[:3]  # any of OUTLIER_GROUPS, or a string of them with commas
 
     def __post_init__(self):
         check = Checks(self)
@@ -252,11 +252,13 @@ def _power(r, power: float):
 def penalty_group(name: str) -> str | None:
     """The group of OUTLIER_GROUPS to which a tensor of the training operators belongs, by its name, or None.
 
-    Names: "….mlp.2" the MLP's output, "….mlp.2 + residual" the block's output, and the two final layer norms.
+    Names: "….mlp.2" the MLP's output, "….mlp.2 + residual" the block's output, the two final layer norms, and
+    "….mlp.0" what the MLP's GELU is given.
     """
     if name in FINAL_NORMS:
         return "final-norm"
-    return "block" if name.endswith(".mlp.2 + residual") else "mlp" if name.endswith(".mlp.2") else None
+    ends = {".mlp.2 + residual": "block", ".mlp.2": "mlp", ".mlp.0": "mlp-hidden"}
+    return next((group for end, group in ends.items() if name.endswith(end)), None)
 
 
 def n_penalized(dims: Mapping[str, int], groups: Iterable[str]) -> int:

@@ -97,10 +97,9 @@ class Recorded(ops.Float):
 
     def linear(self, name: str, x, gelu: bool = False, residual=None):
         y, cache = layers.linear(x, self.p[f"{name}.weight"], self.p.get(f"{name}.bias"), self.bf16)
-        gelu_cache = None
+        gelu_cache, own, total = None, self.penalized(name, y), None
         if gelu:
             y, gelu_cache = layers.gelu(y)
-        own, total = self.penalized(name, y), None
         if residual is not None:
             y = y + residual
             total = self.penalized(f"{name} + residual", y)
@@ -111,9 +110,8 @@ class Recorded(ops.Float):
         """dy (B, T, N) -> dx (B, T, K), dresidual (B, T, N)."""
         cache, gelu_cache, own, total = self.pop(name)
         dresidual = self.with_penalty(dy, total)
-        dy = self.with_penalty(dresidual, own)
-        if gelu_cache is not None:
-            dy = layers.gelu_backward(dy, gelu_cache)
+        dy = dresidual if gelu_cache is None else layers.gelu_backward(dresidual, gelu_cache)
+        dy = self.with_penalty(dy, own)
         dx, dweight, dbias = layers.linear_backward(dy, cache)
         self.add(f"{name}.weight", dweight)
         self.add(f"{name}.bias", dbias)

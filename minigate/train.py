@@ -96,18 +96,18 @@ def make_trainer(args: Namespace, settings: Settings, teacher_file: checkpoint.M
     t, teacher_hash = settings.train, sha256_file(teacher_file.path)
     teacher = Model(teacher_file.metadata, teacher_file.tensors, name=teacher_file.path.stem)
     cache = LabelCache(args.label_cache or args.output / "labels", teacher_hash, settings.label.language)
-    quiet = processes.rank != 0
+    quiet, pack_seed = processes.rank != 0, t.seed if t.pack_seed is None else t.pack_seed
 
     def prepare(manifest: Path, mode: str, augment, label_options) -> tuple[Batches, list[Window]]:
         recordings = Recordings(str(manifest), cache.folder / "recordings.jsonl", t.max_unreadable, *[_silent] * quiet)
-        windows = make_windows(recordings.measure(read_manifest(manifest)), mode, t.seed, augment)
+        windows = make_windows(recordings.measure(read_manifest(manifest)), mode, pack_seed, augment)
         mels = MelCache(recordings, teacher.dims.n_mels, args.mel_cache or args.output / "mels")
         return Batches(Labeller(teacher, cache, mels, label_options), t.audio_context, augment, t.seed), windows
 
     batches, windows = prepare(args.train, t.audio_context, settings.augment, settings.label)
     dev_batches, dev_windows = prepare(args.dev, "single", None, replace(settings.label, max_wer=None))
     dev = DevSet(dev_batches, dev_windows, t.batch_seconds, t.eval_utterances, t.eval_outliers, processes)
-    order = Order(windows, t.audio_context, t.batch_seconds, t.seed)
+    order = Order(windows, t.audio_context, t.batch_seconds, t.seed, t.padded_share)
     identity = {"teacher_sha256": teacher_hash}
     return Trainer(settings, *student, batches, order, dev, folder, processes, identity, args.quiet)
 

@@ -38,7 +38,9 @@ class TrainOptions:
     batch_seconds: float = 80.0
     accumulate: int = 1  # batches in a step
     precision: str = "float32"
+    padded_share: float = 0.0  # variable context: of the windows, those that are heard as 30 s all the same
     seed: int = 0
+    pack_seed: int | None = None  # of the data's packing and gains, which the teacher's labels hang on; None: seed
     checkpoint_every: int = 100
     eval_every: int = 500
     eval_utterances: int = 64
@@ -53,7 +55,9 @@ class TrainOptions:
             check.whole(name, low)
         for name in ("encoder_layers", "decoder_layers"):
             check.whole(name, 1, optional=True)
+        check.whole("pack_seed", 0, optional=True)
         check.number("batch_seconds", 0, above=True)
+        check.number("padded_share", 0, 1)
         check.number("max_unreadable", 0, 1)
         check.choice("gate", GATE_KINDS)
         check.choice("audio_context", AUDIO_CONTEXTS)
@@ -110,7 +114,9 @@ LOOP = (
     ("batch_seconds", as_number, "S", "of sound in a batch, as the student hears it; one window at least"),
     ("accumulate", as_whole, "N", "batches in a step"),
     ("precision", str, "TYPE", "of matrix products: float32 or bf16 (bfloat16, sums and weights in float32)"),
+    ("padded_share", as_number, "P", "of an epoch's windows, those heard as 30 s all the same in variable context"),
     ("seed", as_whole, "N", "of the data's packing and order, of augmentation and of the gates' start"),
+    ("pack_seed", as_whole, "N", "of the packing and the gains alone: runs that have it in common share their labels"),
     ("checkpoint_every", as_whole, "N", "steps from one checkpoint to the next"),
     ("eval_every", as_whole, "N", "steps from one look at the dev manifest to the next; the last step has one too"),
     ("eval_utterances", as_whole, "N", "of the dev manifest that are transcribed for the word error rate"),
@@ -155,6 +161,7 @@ DATA = (
     ("freq_masks", as_whole, "N", "SpecAugment's"),
     ("freq_mask_bins", as_whole, "N", "widest of them, in mel bands"),
 )  # fmt: skip
+UNSET = {"encoder_layers": "all", "decoder_layers": "all", "pack_seed": "that of --seed"}  # what None stands for
 
 
 def build_parser() -> ArgumentParser:
@@ -185,7 +192,7 @@ def build_parser() -> ArgumentParser:
 def _add_group(parser: ArgumentParser, title: str, table: Sequence[tuple]) -> argparse._ArgumentGroup:
     group, defaults = parser.add_argument_group(title), Settings().values()
     for name, parse, metavar, text in table:
-        shown = "all" if name.endswith("_layers") else _shown(defaults[name])
+        shown = UNSET.get(name) or _shown(defaults[name])
         group.add_argument(flag_of(name), type=parse, default=defaults[name], metavar=metavar,
                            help=f"{text} (default: {shown})")  # fmt: skip
     return group

@@ -58,6 +58,23 @@ def test_a_batch_of_variable_length_holds_windows_of_about_one_length():
     assert heard < 1.05 * sum(w.rounded_s for w in windows.windows)
 
 
+def test_a_share_is_padded_chosen_anew_for_each_epoch():
+    windows = make_windows(imagined(400), "variable", 0)
+    padded = Order(windows, "variable", 80, 0, padded_share=0.25)
+    chosen = []
+    for _ in range(2):
+        draws = epoch(padded)
+        heard = {w: draw.length_s for draw in draws for w in draw.windows}
+        assert set(heard) == set(windows) and all(s >= w.rounded_s for w, s in heard.items())
+        assert all(draw.length_s * len(draw.windows) <= 80 for draw in draws)
+        short = [w for w in windows if w.rounded_s < 25]
+        chosen.append({w for w in short if heard[w] == 30})
+        assert 0.15 < len(chosen[-1]) / len(short) < 0.35
+    assert chosen[0] != chosen[1]
+    with pytest.raises(FileError, match="padded share of the checkpoint"):
+        Order(windows, "variable", 80, 0).restore(padded.state())
+
+
 def test_a_batch_holds_one_window_at_least(order):
     assert all(len(draw.windows) == 1 for draw in epoch(order(batch_seconds=0.5)))
 

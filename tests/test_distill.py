@@ -219,7 +219,7 @@ def test_zeros_and_what_is_not_finite():
 
 def test_number_of_penalized_tensors():
     dims = {"n_audio_layer": 4, "n_text_layer": 3}
-    assert distill.n_penalized(dims, distill.OUTLIER_GROUPS) == 7 + 7 + 2
+    assert distill.n_penalized(dims, distill.OUTLIER_GROUPS) == 7 + 7 + 2 + 7
 
 
 # --- options ---
@@ -233,7 +233,8 @@ def test_number_of_penalized_tensors():
         ("temperature", 0, "temperature: expected a number above 0, got 0"),
         ("outlier_tau", 0.0, "outlier_tau: expected a number above 0, got 0.0"),
         ("outlier_power", 1, "outlier_power: expected a number above 1, got 1"),
-        ("outlier_tensors", "block,attn", "outlier_tensors: expected some of block, mlp, final-norm, each once, got"),
+        ("outlier_tensors", "block,attn",
+         "outlier_tensors: expected some of block, mlp, final-norm, mlp-hidden, each once, got"),
         ("outlier_tensors", (), "outlier_tensors: expected some of"),
         ("outlier_tensors", ("mlp", "mlp"), "outlier_tensors: expected some of"),
     ],

@@ -119,6 +119,17 @@ def test_no_steps_write_the_untouched_student(folder, capsys, kind):
     assert [file.name for file in path.parent.iterdir()] == ["student.safetensors"]
 
 
+def test_runs_with_one_pack_seed_share_their_labels(tmp_path):
+    labels = []
+    for number, options in enumerate(({"seed": 0}, {"seed": 1, "pack_seed": 0, "padded_share": 0.3}, {"seed": 1})):
+        given = arguments(tmp_path, f"run{number}", steps=3, batch_seconds=100, mel_cache=None, **options)
+        assert train.main(given) == 0
+        labels.append(len(list((tmp_path / "labels").glob("*/*"))))
+    assert labels[0] == labels[1] < labels[2]
+    students = [(tmp_path / f"run{n}" / "student.safetensors").read_bytes() for n in range(2)]
+    assert students[0] != students[1]
+
+
 # --- bad input: one line
 
 

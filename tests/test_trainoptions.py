@@ -31,7 +31,7 @@ def test_every_option_is_a_flag_and_reaches_its_dataclass():
         "kl_weight": 0.1, "ce_weight": 0.2, "hidden_weight": 0.3, "temperature": 3.0, "outlier_weight": 0.4,
         "outlier_tau": 5.0, "outlier_power": 2.0, "language": "de", "timestamp_share": 0.1, "max_wer": 0.6,
         "max_compression_ratio": None, "gain_db": 3.0, "noise_share": 0.2, "time_masks": 1, "time_mask_s": 0.5,
-        "freq_masks": 2, "freq_mask_bins": 10,
+        "freq_masks": 2, "freq_mask_bins": 10, "padded_share": 0.2, "pack_seed": 3,
     }  # fmt: skip
     given = [f"--{name.replace('_', '-')}={'none' if value is None else value}" for name, value in values.items()]
     _, settings = parse([*BASE, *given, "--speeds=0.9,1", "--noise-snr-db=3,9", "--freeze", "gates", "encoder",
