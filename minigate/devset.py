@@ -37,10 +37,10 @@ class DevSet:
         self.batch_seconds = batch_seconds
         self.n_transcribed, self.n_measured = n_transcribed, n_measured
 
-    def label(self, progress: bool = False) -> None:
+    def label(self, shown: bool = False) -> None:
         """Have the teacher label all windows, once, before the first figures; drop those that cannot be read."""
         labeller = self.batches.labeller
-        labeller.ensure(self._share(self.windows), progress)
+        labeller.ensure(self._share(self.windows), shown)
         bad = set(self.processes.gather(list(labeller.recordings.unreadable)))
         self.windows = [w for w in self.windows if not any(u.recording.row.name in bad for u in w.utterances)]
         self.transcribed = spread(self.windows, self.n_transcribed)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minigate import decoding, tensorfile, wer
+from minigate import decoding, progress, tensorfile, wer
 from minigate.data import DamagedRecording, Window
 from minigate.errors import FileError, UsageError
 from minigate.melcache import MelCache
@@ -188,13 +188,13 @@ class Labeller:
         self._verdict: dict[Window, bool] = {}  # whether a window is used
         self._normalise = wer.load_normaliser()[1]
 
-    def ensure(self, windows: Iterable[Window], progress: bool = False) -> None:
-        """Label those that are not yet; stopped at any time, it goes on where it was. `progress`: bars on stderr.
+    def ensure(self, windows: Iterable[Window], shown: bool = False) -> None:
+        """Label those that are not yet; stopped at any time, it goes on where it was. `shown`: with bars on stderr.
 
         Raises FileError for a full disk, or when too many recordings are unreadable.
         """
         missing, windows = {}, list(windows)
-        with _bar("hashing sound", len(windows), progress) as bar:
+        with progress.bar(len(windows), "hashing sound", " windows", shown=shown) as bar:
             for window in windows:
                 key = self._key(window)
                 if key and key not in missing and not self.cache.has(*key):
@@ -202,7 +202,7 @@ class Labeller:
                 bar.update()
         order = sorted(missing, key=lambda key: (key[1], missing[key].samples))  # what is alike ends together
         at_once = windows_at_once(self.teacher.dims)
-        with _bar("labels", len(missing), progress) as bar:
+        with progress.bar(len(missing), "labels", " windows", shown=shown) as bar:
             for end in range(len(order) % at_once or at_once, len(order) + 1, at_once):  # the first group may be small:
                 keys = order[max(0, end - at_once) : end]  # after a kill the groups still to come are the same
                 self._label([(key, missing[key]) for key in keys])
@@ -302,10 +302,3 @@ def windows_at_once(dims) -> int:
     """How many windows the teacher labels together: 16 for tiny, 8 for base."""
     window_bytes = 2 * 4 * dims.n_audio_ctx * dims.n_text_state * dims.n_text_layer  # float32 keys and values
     return max(1, min(WINDOWS_AT_ONCE, BYTES_AT_ONCE // window_bytes))
-
-
-def _bar(what: str, windows: int, shown: bool):
-    from tqdm import tqdm
-
-    return tqdm(total=windows, desc=what, unit=" windows", file=sys.stderr, disable=not (shown and windows),
-                dynamic_ncols=True)  # fmt: skip

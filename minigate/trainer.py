@@ -10,13 +10,11 @@ stopped, on the same machine with the same instruction set and threads.
 
 import math
 import signal
-import sys
 import time
-from collections.abc import Callable
 
 import numpy as np
 
-from minigate import devset
+from minigate import devset, progress
 from minigate.batches import Batch, Batches, Order
 from minigate.devset import DevSet
 from minigate.errors import FileError
@@ -28,8 +26,6 @@ from minigate.step import Distillation, Losses, shares
 from minigate.student import frozen_names
 from minigate.tape import TOKEN_EMBEDDING, Recorded
 from minigate.trainoptions import Settings
-
-QUIET_S = 10  # seconds between lines of progress where standard error is a file
 
 
 class Stop:
@@ -117,22 +113,22 @@ class Trainer:
         the work."""
         windows = self.order.upcoming((self.settings.train.steps - self.step) * self.settings.train.accumulate)
         own = windows[self.processes.rank :: self.processes.ranks]
-        self.batches.labeller.ensure(own, progress=not self.quiet)
-        self.dev.label(progress=not self.quiet)
+        self.batches.labeller.ensure(own, shown=not self.quiet)
+        self.dev.label(shown=not self.quiet)
         self.processes.wait()
 
     def run(self) -> int:
         """-> 0 when all steps are taken, 128 + signal when SIGINT or SIGTERM came; the checkpoint is written in both
         cases. FileError for a full disk or too many skipped steps: the last good checkpoint stays."""
         options = self.settings.train
-        with self.stop, _bar(options.steps, self.step, self.quiet) as bar:
+        with self.stop, progress.bar(options.steps, "training", "step", self.step, not self.quiet) as bar:
             while self.step < options.steps:
                 line = self.train_step()
-                bar.show(line)
+                show(bar, line)
                 if "skipped" in line:
-                    bar.say(f"step {self.step}: loss or gradient not finite, skipped ({self.skipped} so far)")
+                    self._say(f"step {self.step}: loss or gradient not finite, skipped ({self.skipped} so far)")
                 if self.step % options.eval_every == 0 or self.step == options.steps:
-                    line |= self._look(bar)
+                    line |= self._look()
                 stopped = self.processes.largest(self.stop.signal)
                 if self.main:
                     self.folder.log(line)
@@ -190,51 +186,24 @@ class Trainer:
         *losses, seconds = (float(v) for v in self.processes.total(sums))
         return Losses(*losses), seconds
 
-    def _look(self, bar: "Bar") -> dict:
+    def _look(self) -> dict:
         """-> {"dev": figures}, or nothing when it was stopped in the middle."""
         student = Model(self.metadata, self.student())
         figures = self.dev.figures(self.distillation, student, lambda: bool(self.stop.signal))
         if figures is None:
             return {}
-        bar.say(f"step {self.step}: {devset.describe(figures)}")
+        self._say(f"step {self.step}: {devset.describe(figures)}")
         return {"dev": figures}
 
-
-# --- the bar
-
-
-class Bar:
-    """Progress on standard error through tqdm; without it, or when it is to be quiet, nothing but what is said."""
-
-    def __init__(self, bar, say: Callable[[str], object]):
-        self._bar, self.say = bar, say
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *exception):
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, line: dict) -> None:
-        """After a step: its line of the log."""
-        if self._bar is None:
-            return
-        parts = [f"{name} {line[name]:.4g}" for name in ("loss", "kl", "ce", "hidden", "outlier", "norm", "lr")
-                 if line[name] or name == "loss"]  # fmt: skip
-        parts.append(f"{line['seconds'] / line['elapsed_s']:.1f} s/s")
-        self._bar.set_postfix_str(", ".join(parts), refresh=False)
-        self._bar.update()
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            progress.say(text)
 
 
-def _bar(steps: int, done: int, quiet: bool) -> Bar:
-    if quiet:
-        return Bar(None, lambda text: None)
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return Bar(None, lambda text: print(text, file=sys.stderr))
-    pause_s = 0.1 if sys.stderr.isatty() else QUIET_S
-    bar = tqdm(total=steps, initial=done, desc="training", unit="step", file=sys.stderr, dynamic_ncols=True,
-               mininterval=pause_s, maxinterval=max(10, pause_s))  # fmt: skip
-    return Bar(bar, lambda text: bar.write(text, file=sys.stderr))
+def show(bar, line: dict) -> None:
+    """A step's line of the log, on the bar."""
+    parts = [f"{name} {line[name]:.4g}" for name in ("loss", "kl", "ce", "hidden", "outlier", "norm", "lr")
+             if line[name] or name == "loss"]  # fmt: skip
+    parts.append(f"{line['seconds'] / line['elapsed_s']:.1f} s/s")
+    bar.set_postfix_str(", ".join(parts), refresh=False)
+    bar.update()

@@ -274,6 +274,6 @@ def test_progress_on_standard_error(teacher, sound, tmp_path, capsys):
     labeller = Labeller(teacher, LabelCache(tmp_path / "labels", HASH), mels)
     labeller.ensure(windows)
     assert capsys.readouterr() == ("", "")
-    Labeller(teacher, LabelCache(tmp_path / "others", HASH), mels).ensure(windows, progress=True)
+    Labeller(teacher, LabelCache(tmp_path / "others", HASH), mels).ensure(windows, shown=True)
     out, err = capsys.readouterr()
     assert out == "" and "hashing sound: 100%" in err and "labels: 100%" in err and "5/5" in err
