@@ -15,6 +15,7 @@ from pathlib import Path
 
 from minigate import __version__, checkpoint, kernels, parallel
 from minigate.batches import Batches, Order
+from minigate.command import FAILED, run_main, say
 from minigate.data import Recordings, Window, make_windows
 from minigate.devset import DevSet
 from minigate.errors import FileError, UsageError
@@ -28,28 +29,30 @@ from minigate.student import make_student
 from minigate.trainer import Trainer
 from minigate.trainoptions import PROG, Settings, check_same, name_flag, parse
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Arguments (default: the command line's) -> exit code. Wrong arguments raise SystemExit(2), as argparse does."""
-    processes = Alone()
-    try:
+    """Arguments (default: the command line's) -> exit code."""
+    processes, ended = Alone(), False
+
+    def work() -> int:
+        nonlocal processes, ended
         args, settings = parse(sys.argv[1:] if argv is None else argv)
         processes = parallel.connect()
-        return run(args, settings, processes)
-    except UsageError as error:
-        code = _complain(name_flag(error), 2)
-    except FileError as error:
-        code = _complain(error, 1)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except Exception:
-        if processes.ranks == 1:
-            raise
-        traceback.print_exc()  # and on, or the other processes would wait for this one
-        code = 1
-    processes.abort(code)
+        try:
+            code = run(args, settings, processes)
+        except UsageError as error:
+            raise name_flag(error) from None
+        except Exception as error:
+            if processes.ranks == 1 or isinstance(error, FileError):
+                raise
+            traceback.print_exc()  # and on, or the other processes would wait for this one
+            return FAILED
+        ended = True
+        return code
+
+    code = run_main(PROG, work)
+    if not ended:
+        processes.abort(code)
     return code
 
 
@@ -73,7 +76,7 @@ def run(args: Namespace, settings: Settings, processes: Alone) -> int:
     del tensors, kept  # the trainer has its own
     code = train(trainer)
     if code and processes.rank == 0:
-        _complain(f"interrupted after step {trainer.step}, saved; --resume continues", code)
+        say(PROG, f"after step {trainer.step}, saved; --resume continues", "interrupted")
     if code:
         return code
     results = {folder.student: trainer.student()}
@@ -148,11 +151,6 @@ def command_line(args: Namespace, settings: Settings) -> str:
 
 def _silent(line: str) -> None:
     pass
-
-
-def _complain(error: object, code: int) -> int:
-    print(f"{PROG}: {'error: ' if code in (1, 2) else ''}{' '.join(str(error).split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":
