@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minigate import tensorfile
+from minigate import graph, tensorfile
 from minigate.attention import GATE_KINDS, gate_shapes
 from minigate.errors import FileError
 from minigate.tensorfile import show
@@ -20,8 +20,13 @@ from minigate.tokenizer import unpack_vocabulary
 FORMAT_VERSION = 1
 DIMS = ("n_mels", "n_audio_ctx", "n_audio_state", "n_audio_head", "n_audio_layer",
         "n_vocab", "n_text_ctx", "n_text_state", "n_text_head", "n_text_layer")
-SCHEMES = ("w8a8-dynamic",)
+SCHEMES = ("w8a8-static", "w8a8-dynamic", "w8")
+POSITIONS = {"encoder.positional_embedding": "encoder.positional_embedding",
+             "decoder.positional_embedding": "decoder.embed"}  # int8 in w8a8-static unless this is kept in float
+CALIBRATION = ("method", "percentile", "batches", "seed", "windows", "sha256")
+HELPERS = ("smoothquant", "bias_correction", "equalize", "rotate")
 VOCABULARY = "tokenizer.vocabulary"
+MAX_RANGE = 3.4e38  # of an activation: what float32 can hold
 MAX_LAYERS = 256  # a bound on what a damaged file can ask for; the largest Whisper has 32
 
 
@@ -98,7 +103,15 @@ def expected_tensors(metadata: Mapping) -> dict[str, tuple[tuple[int, ...], str]
                 shape = expected[f"{layer}.weight"][0]
                 expected[f"{layer}.weight"] = shape, "int8"
                 expected[f"{layer}.scale"] = shape[:1] if quantization["weights"] == "per-channel" else (), "float32"
+        for name, module in POSITIONS.items() if quantization["scheme"] == "w8a8-static" else ():
+            if module not in quantization["keep_float"]:
+                expected[name], expected[scale_name(name)] = (expected[name][0], "int8"), ((), "float32")
     return expected
+
+
+def scale_name(name: str) -> str:
+    """The tensor that holds the scale of an int8 tensor."""
+    return f"{name.removesuffix('.weight')}.scale"
 
 
 # --- checks ---
@@ -161,6 +174,7 @@ def check_metadata(where: str | Path, metadata: Mapping) -> None:
     _want(f"{where}: audio_context", context in ("full", "variable"), "full or variable", context)
     _want(f"{where}: provenance", isinstance(provenance, dict), "an object", provenance)
     _check_lists(where, metadata)
+    _check_quantization(where, metadata)
 
 
 def check_dims(where: str | Path, dims: object) -> None:
@@ -176,24 +190,45 @@ def check_dims(where: str | Path, dims: object) -> None:
 
 
 def _check_lists(where: str | Path, metadata: Mapping) -> None:
-    """alignment_heads, suppress_tokens, and quantization with its keep_float."""
+    """alignment_heads and suppress_tokens."""
     dims, heads, tokens = metadata["dims"], metadata["alignment_heads"], metadata["suppress_tokens"]
     limits = [dims["n_text_layer"], dims["n_text_head"]]
     _want(f"{where}: alignment_heads", heads is None or isinstance(heads, list) and all(
         _below(pair, limits) for pair in heads), "null or a list of [layer, head]", heads)
     _want(f"{where}: suppress_tokens", tokens is None or isinstance(tokens, list) and _below(
         tokens, [dims["n_vocab"]] * len(tokens)), "null or a list of token ids below n_vocab", tokens)
-    quantization = metadata["quantization"]
+
+
+def _check_quantization(where: str | Path, metadata: Mapping) -> None:
+    """quantization: null, or scheme, weights, keep_float, and what a scheme or a newer minigate adds to them."""
+    dims, quantization, where = metadata["dims"], metadata["quantization"], f"{where}: quantization"
     if quantization is None:
         return
-    _want(f"{where}: quantization", isinstance(quantization, dict), "null or an object", quantization)
+    _want(where, isinstance(quantization, dict), "null or an object", quantization)
     scheme, weights, kept = (quantization.get(key) for key in ("scheme", "weights", "keep_float"))
-    _want(f"{where}: quantization: scheme", scheme in SCHEMES, " or ".join(SCHEMES), scheme)
-    _want(f"{where}: quantization: weights", weights in ("per-channel", "per-tensor"), "per-channel or per-tensor",
-          weights)
-    layers = quantizable(dims)
-    _want(f"{where}: quantization: keep_float", isinstance(kept, list) and all(layer in layers for layer in kept),
+    _want(f"{where}: scheme", scheme in SCHEMES, " or ".join(SCHEMES), scheme)
+    _want(f"{where}: weights", weights in ("per-channel", "per-tensor"), "per-channel or per-tensor", weights)
+    layers = graph.modules(dims) if scheme == "w8a8-static" else quantizable(dims)
+    _want(f"{where}: keep_float", isinstance(kept, list) and all(layer in layers for layer in kept),
           "a list of layers like decoder.blocks.0.mlp.2", kept)
+    helpers = quantization.get("helpers")
+    _want(f"{where}: helpers", helpers is None or isinstance(helpers, dict) and set(helpers) == set(HELPERS),
+          f"an object with {', '.join(HELPERS)}", helpers)
+    if scheme == "w8a8-static":
+        _check_ranges(f"{where}: ranges", quantization.get("ranges"), graph.points(dims, metadata["gate"]["kind"]))
+        calibration = quantization.get("calibration")
+        _want(f"{where}: calibration", isinstance(calibration, dict) and set(calibration) == set(CALIBRATION),
+              f"an object with {', '.join(CALIBRATION)}", calibration)
+
+
+def _check_ranges(where: str, ranges: object, points: Mapping[str, tuple]) -> None:
+    _want(where, isinstance(ranges, dict), "an object with a range for each tensor", ranges)
+    for point in (*points, *ranges):
+        _want(where, point in points, "tensors of this network only", point)
+        pair = ranges.get(point)
+        _want(f"{where}: {point}", isinstance(pair, list) and len(pair) == 2 and all(
+            type(n) in (int, float) and abs(n) <= MAX_RANGE for n in pair) and pair[0] <= 0 <= pair[1],
+              "finite numbers [low, high] around 0", pair)
 
 
 def _below(numbers: object, limits: list[int]) -> bool:

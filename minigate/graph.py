@@ -60,6 +60,15 @@ def _block_points(found: dict, block: str, stream: str, attentions: tuple[str, .
     return f"{block}.mlp.2"
 
 
+def reads(dims: Mapping[str, int], gate_kind: str) -> dict[str, tuple[str, ...]]:
+    """Module -> the points that it reads. Of a linear the last is its operand, the first its residual if it has one."""
+    found: dict[str, tuple[str, ...]] = {}
+    for point, readers in points(dims, gate_kind).items():
+        for module in readers:
+            found[module] = (*found.get(module, ()), point)
+    return found
+
+
 def maker(point: str) -> str:
     """The module that makes a point; "mel" for the input."""
     return point.removesuffix(".gate")

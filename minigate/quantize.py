@@ -1,67 +1,74 @@
-"""Weights to int8 and back: a float model file's tensors -> a quantized one's.
+"""A float model -> a model in int8, by one of three schemes.
 
-`w8a8-dynamic`: every linear, both convolutions and the token embedding become symmetric int8, w ≈ scale * q with q in
-[-127, 127] and one scale per output channel; activations get theirs at run time (`int8.Dynamic`). Biases, layer norms,
-positions and gates stay float.
+`w8a8-static`   weights and activations; an activation's scale and zero point are fixed at calibration
+`w8a8-dynamic`  weights and what they are multiplied with; a row's scale is found at run time
+`w8`            weights only
 
-N output channels, K inputs.
+Weights (linears, both convolutions, the token embedding; in `w8a8-static` the positions too) are symmetric, with one
+scale or one for each output channel. Biases, layer norms and gates stay float; what else does is `keep_float`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from minigate import checkpoint
+from minigate import checkpoint, graph
 from minigate.errors import UsageError
+from minigate.int8weights import dequantize, quantize_weight, quantize_weights, smallest_float  # noqa: F401
 
-Q_MAX = 127
-
-
-def quantize_weight(w: np.ndarray, per_channel: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """w (N, …) -> q int8 of the same shape, scale (N,) or () float32; an all-zero channel has scale 1."""
-    w = np.asarray(w, np.float32)
-    largest = np.abs(w).max(axis=tuple(range(1, w.ndim))) if per_channel else np.abs(w).max()
-    scale = np.where(largest > 0, largest / np.float32(Q_MAX), np.float32(1)).astype(np.float32)
-    q = np.rint(w / scale.reshape(scale.shape + (1,) * (w.ndim - scale.ndim)))
-    return q.astype(np.int8), scale
+WEIGHTS = {"w8a8-static": "per-tensor", "w8a8-dynamic": "per-channel", "w8": "per-channel"}  # unless told
+NO_HELPERS = {"smoothquant": None, "bias_correction": False, "equalize": False, "rotate": False}
 
 
-def quantize_dynamic(metadata: dict, tensors: Mapping[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
-    """A float model -> its metadata and tensors as `w8a8-dynamic`, a scale per channel.
+def quantize_static(metadata: Mapping, tensors: Mapping[str, np.ndarray], ranges: Mapping[str, list[float]],
+                    calibration: Mapping, weights: str = WEIGHTS["w8a8-static"], keep_float: Iterable[str] = (),
+                    helpers: Mapping | None = None) -> tuple[dict, dict[str, np.ndarray]]:  # fmt: skip
+    """A float model, [low, high] of every point and how they were found -> metadata and tensors as `w8a8-static`.
 
-    What stays float is kept in float16 where that loses nothing. UsageError for a model that is quantized already.
+    keep_float, helpers and errors as in `quantized`.
     """
+    found = {"ranges": dict(ranges), "calibration": dict(calibration)}
+    return quantized(metadata, tensors, "w8a8-static", weights, keep_float, helpers, found)
+
+
+def quantize_dynamic(metadata: Mapping, tensors: Mapping[str, np.ndarray], weights: str = WEIGHTS["w8a8-dynamic"],
+                     keep_float: Iterable[str] = (), helpers: Mapping | None = None
+                     ) -> tuple[dict, dict[str, np.ndarray]]:  # fmt: skip
+    """A float model -> its metadata and tensors as `w8a8-dynamic`; the rest as in `quantized`."""
+    return quantized(metadata, tensors, "w8a8-dynamic", weights, keep_float, helpers)
+
+
+def quantize_w8(metadata: Mapping, tensors: Mapping[str, np.ndarray], weights: str = WEIGHTS["w8"],
+                keep_float: Iterable[str] = (), helpers: Mapping | None = None
+                ) -> tuple[dict, dict[str, np.ndarray]]:  # fmt: skip
+    """A float model -> its metadata and tensors as `w8`; the rest as in `quantized`."""
+    return quantized(metadata, tensors, "w8", weights, keep_float, helpers)
+
+
+def quantized(metadata: Mapping, tensors: Mapping[str, np.ndarray], scheme: str, weights: str,
+              keep_float: Iterable[str] = (), helpers: Mapping | None = None, found: Mapping | None = None
+              ) -> tuple[dict, dict[str, np.ndarray]]:  # fmt: skip
+    """A float model -> metadata with its quantization, tensors. What stays float is float16 where that loses nothing.
+
+    keep_float: as `graph.expand_keep_float` takes it; in the schemes without points only layers with weights count.
+    helpers: what was done to the tensors before. found: what calibration adds. UsageError for a model that is quantized
+    already, or a layer that there is not.
+    """
+    check_float(metadata)
+    kept = graph.expand_keep_float(keep_float, metadata["dims"])
+    if scheme != "w8a8-static":
+        layers = checkpoint.quantizable(metadata["dims"])
+        kept = [module for module in kept if module in layers]
+    quantization = {"scheme": scheme, "weights": weights, "keep_float": kept,
+                    "helpers": {**NO_HELPERS, **(helpers or {})}, **(found or {})}  # fmt: skip
+    metadata = {**metadata, "quantization": quantization}
+    return metadata, quantize_weights(metadata, tensors)
+
+
+def check_float(metadata: Mapping) -> None:
+    """Raise UsageError for a model that is quantized already."""
     if metadata.get("quantization"):
         raise UsageError(f"model: expected a float model, got one quantized as {metadata['quantization']['scheme']}")
-    out, layers = {}, set(checkpoint.quantizable(metadata["dims"]))
-    for name, array in tensors.items():
-        if name.removesuffix(".weight") in layers and name.endswith(".weight"):
-            out[name], out[name.removesuffix("weight") + "scale"] = quantize_weight(array)
-        else:
-            out[name] = smallest_float(array)
-    quantization = {"scheme": "w8a8-dynamic", "weights": "per-channel", "keep_float": []}
-    return {**metadata, "quantization": quantization}, out
-
-
-def smallest_float(array: np.ndarray) -> np.ndarray:
-    """float32 -> float16 if every value survives; anything else as it is."""
-    if array.dtype != np.float32:
-        return array
-    with np.errstate(over="ignore"):
-        half = array.astype(np.float16)
-    return half if np.array_equal(half.astype(np.float32), array) else array
-
-
-def dequantize(metadata: dict, tensors: Mapping[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
-    """A quantized model -> the float model with the same weights, scale * q in float32."""
-    out = {}
-    for name, array in tensors.items():
-        if array.dtype == np.int8:
-            scale = np.asarray(tensors[name.removesuffix("weight") + "scale"], np.float32)
-            out[name] = array * scale.reshape(scale.shape + (1,) * (array.ndim - scale.ndim))
-        elif not name.endswith(".scale"):
-            out[name] = np.asarray(array, np.float32) if array.dtype == np.float16 else array
-    return {**metadata, "quantization": None}, out
 
 
 def size_report(tensors: Mapping[str, np.ndarray]) -> str:

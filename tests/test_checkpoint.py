@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from minigate import checkpoint, quantize, tensorfile
+from minigate import checkpoint, graph, int8weights, quantize, tensorfile
 from minigate.attention import GATE_KINDS
 from minigate.errors import FileError
-from tests.toy import toy_model
+from tests.toy import DIMS, toy_model
 
 SCHEME = {"scheme": "w8a8-dynamic", "weights": "per-tensor", "keep_float": []}
 
@@ -18,7 +18,8 @@ def quantized(weights="per-channel", keep_float=(), gate="per_head"):
     for layer in checkpoint.quantizable(metadata["dims"]):
         if layer not in keep_float:
             name = f"{layer}.weight"
-            tensors[name], tensors[f"{layer}.scale"] = quantize.quantize_weight(tensors[name], weights == "per-channel")
+            tensors[name], tensors[f"{layer}.scale"] = int8weights.quantize_weight(
+                tensors[name], weights == "per-channel")  # fmt: skip
     return {**metadata, "quantization": dict(SCHEME, weights=weights, keep_float=[*keep_float])}, tensors
 
 
@@ -58,6 +59,57 @@ def test_quantized_round_trip(tmp_path, weights, keep_float):
 def test_what_quantize_makes_is_accepted():
     metadata, tensors = quantize.quantize_dynamic(*toy_model("elementwise"))
     checkpoint.check(metadata, tensors)
+
+
+def static(**change):
+    """A toy model in w8a8-static with made-up ranges, and what of its quantization is to be different."""
+    metadata, tensors = toy_model()
+    ranges = {point: [-1, 2.5] for point in graph.points(DIMS, "none")}
+    metadata, tensors = quantize.quantize_static(metadata, tensors, ranges, dict.fromkeys(checkpoint.CALIBRATION))
+    return {**metadata, "quantization": {**metadata["quantization"], **change}}, tensors
+
+
+def test_static_round_trip(tmp_path):
+    metadata, tensors = static()
+    checkpoint.write(tmp_path / "toy.safetensors", metadata, tensors)
+    found = checkpoint.read(tmp_path / "toy.safetensors")
+    assert found.metadata == metadata
+    assert found.tensors["decoder.positional_embedding"].dtype == np.int8
+    assert found.tensors["decoder.positional_embedding.scale"].shape == ()
+
+
+POINTS = {point: [-1, 2.5] for point in graph.points(DIMS, "none")}
+PAIR = "finite numbers .low, high. around 0"
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"ranges": None}, "ranges: expected an object with a range for each tensor, got None"),
+    ({"ranges": {**POINTS, "x": [0, 1]}}, "ranges: expected tensors of this network only, got 'x'"),
+    ({"ranges": {**POINTS, "encoder.blocks.0.attn.gate": [0, 1]}}, "ranges: expected tensors of this network only, got"),
+    ({"ranges": {k: v for k, v in POINTS.items() if k != "mel"}}, f"ranges: mel: expected {PAIR}, got None"),
+    ({"ranges": {**POINTS, "mel": [0, float("inf")]}}, f"ranges: mel: expected {PAIR}, got"),
+    ({"ranges": {**POINTS, "mel": [float("nan"), 0]}}, f"ranges: mel: expected {PAIR}, got"),
+    ({"ranges": {**POINTS, "mel": [0, 1e39]}}, f"ranges: mel: expected {PAIR}, got"),
+    ({"ranges": {**POINTS, "mel": [1, 2]}}, f"ranges: mel: expected {PAIR}, got"),
+    ({"ranges": {**POINTS, "mel": [0, 1, 2]}}, f"ranges: mel: expected {PAIR}, got"),
+    ({"ranges": {**POINTS, "mel": [0, True]}}, f"ranges: mel: expected {PAIR}, got"),
+    ({"calibration": None}, "calibration: expected an object with method, percentile, batches"),
+    ({"calibration": {"method": "minmax"}}, "calibration: expected an object with method, percentile, batches"),
+    ({"helpers": {"smoothquant": 0.5}}, "helpers: expected an object with smoothquant, bias_correction"),
+    ({"keep_float": ["encoder.blocks.0"]}, "keep_float: expected a list of layers"),
+])  # fmt: skip
+def test_static_deviations(change, said):
+    metadata, tensors = static(**change)
+    with pytest.raises(FileError, match=f"model: quantization: {said}"):
+        checkpoint.check(metadata, tensors)
+
+
+def test_static_may_keep_what_has_no_weights_and_positions_belong_to_a_module():
+    for kept in (["encoder.ln_post"], ["decoder.blocks.0.attn"]):
+        checkpoint.check(*static(keep_float=kept))
+    for module, name in (("decoder.embed", "decoder.pos"), ("encoder.positional_embedding", "encoder.pos")):
+        with pytest.raises(FileError, match=f"tensor '{name}itional_embedding.scale': expected none of this name"):
+            checkpoint.check(*static(keep_float=[module]))
 
 
 def change_metadata(**change):
@@ -117,7 +169,7 @@ HEADS = "alignment_heads: expected null or a list of .layer, head."
     (change_metadata(suppress_tokens=[10**6]), "suppress_tokens: expected null or a list of token ids below n_vocab"),
     (change_metadata(suppress_tokens=[-1]), "suppress_tokens: expected null or a list of token ids below n_vocab"),
     (change_metadata(quantization=8), "quantization: expected null or an object"),
-    (change_metadata(quantization={"scheme": "w4"}), "quantization: scheme: expected w8a8-dynamic, got 'w4'"),
+    (change_metadata(quantization={"scheme": "w4"}), "quantization: scheme: expected w8a8-static or .*, got 'w4'"),
     (change_metadata(quantization={**SCHEME, "weights": "per-row"}), "quantization: weights: expected per-channel or"),
     (change_metadata(quantization={**SCHEME, "keep_float": None}), "keep_float: expected a list"),
     (change_metadata(quantization={**SCHEME, "keep_float": ["encoder.ln_post"]}), "keep_float: expected a list of lay"),

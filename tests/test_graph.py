@@ -45,6 +45,18 @@ def test_who_reads_what():
     assert found["decoder.ln"] == ("decoder.token_embedding",)
 
 
+@pytest.mark.parametrize("gate", ["none", "per_head"])
+def test_what_a_module_reads_ends_with_its_operand(gate):
+    reads = graph.reads(DIMS, gate)
+    assert set(reads) == set(graph.modules(DIMS)) - {"decoder.embed"}
+    product = f"{DECODER}.cross_attn.gate" if gate == "per_head" else f"{DECODER}.cross_attn"
+    assert reads[f"{DECODER}.cross_attn.out"] == (f"{DECODER}.attn.out", product)
+    assert reads[f"{DECODER}.mlp.2"] == (f"{DECODER}.cross_attn.out", f"{DECODER}.mlp.0")
+    assert reads[f"{ENCODER}.attn.out"][0] == "encoder.blocks.0.mlp.2"
+    assert reads[f"{DECODER}.cross_attn.value"] == ("encoder.ln_post",)
+    assert reads["encoder.conv1"] == ("mel",) and reads["decoder.token_embedding"] == ("decoder.ln",)
+
+
 def test_without_gates_attention_is_read_by_its_projection():
     found = graph.points(DIMS, "none")
     assert found[f"{DECODER}.attn"] == (f"{DECODER}.attn.out",)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from minigate import attention
+from minigate.int8weights import dequantize
 from minigate.model import Model, find, load
 from minigate.options import TranscribeOptions
-from minigate.quantize import dequantize, quantize_dynamic
+from minigate.quantize import quantize_dynamic
 from tests.toy import DIMS, Plain, toy_model
 
 RTOL = 2e-5  # float32 against float64, relative to the largest value

@@ -33,7 +33,7 @@ from whisper.version import __version__ as WHISPER
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minigate import checkpoint  # noqa: E402
-from minigate.quantize import dequantize  # noqa: E402
+from minigate.int8weights import dequantize  # noqa: E402
 from tests import check  # noqa: E402
 
 TOP = 16  # logits kept at every position
