@@ -1,0 +1,222 @@
+"""The coarse operators of `model.py` in float32 with every point (`graph.points`) within reach: watched, or rounded.
+
+    Pointed     hands each point to `point(name, x)`, and to `read(module, point, x)` where a module computes with it
+    Observed    records what calibration wants to know about the points
+    Simulated   rounds points and weights to what an int8 model holds: `w8a8-static` in NumPy
+
+`simulate` makes the operators of any scheme. Sums are float32 where the kernels' are int32, so that a value between two
+steps may be rounded the other way; otherwise the logits are those of the kernels.
+
+B batch, T time, D n_state, K inputs, H n_head, d = D / H.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from minigate import checkpoint, graph, kernels, ops
+from minigate.attention import gate, times_gate
+from minigate.int8weights import dequantize, quantize_weights
+from minigate.ranges import Record
+
+P_STEPS = 255  # probabilities are multiples of 1/255
+QUERIES = 256  # whose probabilities are in memory at a time, each H * Tk
+LOGITS = "decoder.token_embedding"  # the linear whose result is no point
+
+
+class Pointed(ops.Float):
+    """float32 with methods to override, which give x back as it is: `point`, `read`, `read_residual`, `products`."""
+
+    def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
+        super().__init__(metadata, tensors)
+        self.reads = graph.reads(metadata["dims"], self.gate_kind)
+
+    def point(self, name: str, x: np.ndarray) -> np.ndarray:
+        """A point as it is made -> as it is held."""
+        return x
+
+    def read(self, module: str, point: str, x: np.ndarray) -> np.ndarray:
+        """A point as it is held -> as a module that computes with it takes it."""
+        return x
+
+    def read_residual(self, module: str, point: str, x: np.ndarray) -> np.ndarray:
+        """The same for what a linear adds to its product."""
+        return self.read(module, point, x)
+
+    def conv(self, name: str, x: np.ndarray, stride: int) -> np.ndarray:
+        if name == "encoder.conv1":
+            x = self.point("mel", x)
+        return super().conv(name, x, stride)
+
+    def add_positions(self, name: str, x: np.ndarray) -> np.ndarray:
+        return self.point(name, super().add_positions(name, self.read(name, self.reads[name][0], x)))
+
+    def embed(self, tokens: np.ndarray, offset: int) -> np.ndarray:
+        return self.point("decoder.embed", super().embed(tokens, offset))
+
+    def norm(self, name: str, x: np.ndarray) -> np.ndarray:
+        return self.point(name, super().norm(name, self.read(name, self.reads[name][0], x)))
+
+    def linear(self, name: str, x: np.ndarray, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
+        x = self.read(name, self.reads[name][-1], x)
+        if residual is not None:
+            residual = self.read_residual(name, self.reads[name][0], residual)
+        y = super().linear(name, x, gelu, residual)
+        return y if name == LOGITS else self.point(name, y)
+
+    def attention(self, name: str, q, k, v, h, n_head: int, causal: bool) -> np.ndarray:
+        q, k, v = (self.read(name, f"{name}.{part}", x) for part, x in (("query", q), ("key", k), ("value", v)))
+        a = self.point(name, self.products(name, q, k, v, n_head, causal))
+        if self.gate_kind == "none":
+            return a
+        h = self.read(name, f"{name}_ln", h)
+        g = gate(self.gate_kind, h, self.gates[name], n_head, self.gate_scale)
+        return self.point(f"{name}.gate", times_gate(self.read(name, name, a), g))
+
+    def products(self, name: str, q, k, v, n_head: int, causal: bool) -> np.ndarray:
+        """softmax(q kᵀ / sqrt(d)) v, without the gate."""
+        return kernels.attention(q, k, v, n_head, causal=causal)
+
+
+# --- calibration ---
+
+
+class Observed(Pointed):
+    """Records every point, and if wanted the mean input of every linear: of window `window`, used `times` times.
+
+    records  by point
+    inputs   by linear: the sum over rows (K,) float64, and how many they are
+    """
+
+    def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray], histograms: bool = False,
+                 means: bool = False):  # fmt: skip
+        super().__init__(metadata, tensors)
+        self.means = means
+        self.window, self.times = 0, 1
+        self.records = {point: Record(histograms) for point in graph.points(metadata["dims"], self.gate_kind)}
+        self.inputs: dict[str, tuple[np.ndarray, int]] = {}
+
+    def point(self, name: str, x: np.ndarray) -> np.ndarray:
+        self.records[name].see(x, self.window, self.times)
+        return x
+
+    def linear(self, name: str, x: np.ndarray, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
+        if self.means:
+            rows = x.reshape(-1, x.shape[-1])
+            total, count = self.inputs.get(name, (0, 0))
+            self.inputs[name] = total + self.times * rows.sum(0, dtype=np.float64), count + self.times * len(rows)
+        return super().linear(name, x, gelu, residual)
+
+
+# --- simulation ---
+
+
+def simulate(metadata: dict, tensors: Mapping[str, np.ndarray]) -> ops.Float:
+    """metadata with a quantization -> the operators of its scheme in NumPy.
+
+    tensors: a quantized model's, or a float model's, whose weights are rounded here.
+    """
+    simulated = {"w8a8-static": Simulated, "w8a8-dynamic": SimulatedDynamic, "w8": SimulatedWeights}
+    return simulated[metadata["quantization"]["scheme"]](metadata, tensors)
+
+
+class SimulatedWeights(ops.Float):
+    """Scheme `w8`: int8 weights, float32 activations."""
+
+    def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
+        if not any(array.dtype == np.int8 for array in tensors.values()):
+            tensors = quantize_weights(metadata, tensors)
+        super().__init__(metadata, dequantize(metadata, tensors)[1])
+        self.keep(metadata)
+
+    def keep(self, metadata: Mapping) -> None:
+        """What stays in float, by the metadata's quantization."""
+        self.kept = set(metadata["quantization"]["keep_float"])
+
+
+class SimulatedDynamic(SimulatedWeights):
+    """Scheme `w8a8-dynamic`: the rows that a linear multiplies with int8 weights are int8 too."""
+
+    def linear(self, name: str, x: np.ndarray, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
+        if name not in self.kept:
+            q, scale = kernels.quantize_rows(np.ascontiguousarray(x.reshape(-1, x.shape[-1])))
+            x = (q * scale[:, None]).reshape(x.shape)
+        return super().linear(name, x, gelu, residual)
+
+
+class Simulated(SimulatedWeights, Pointed):
+    """Scheme `w8a8-static`.
+
+    linears_only: only what linears and convolutions multiply is rounded, weights and operands; not what lies between
+    them, the residual stream, queries, keys, values and probabilities. No scheme of ours: for comparison.
+    """
+
+    def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray], linears_only: bool = False):
+        self.linears_only = linears_only
+        if linears_only:
+            metadata = with_keep_float(metadata, between_linears(metadata))
+        super().__init__(metadata, tensors)
+
+    def keep(self, metadata: Mapping) -> None:
+        super().keep(metadata)
+        self.held_float = graph.held_float(metadata)
+        self.grids = graph.grids(metadata)
+
+    def point(self, name: str, x: np.ndarray) -> np.ndarray:
+        return x if name in self.held_float else rounded(x, *self.grids[name])
+
+    def read(self, module: str, point: str, x: np.ndarray) -> np.ndarray:
+        enters = point in self.held_float and module not in self.kept
+        return rounded(x, *self.grids[point]) if enters else x
+
+    def read_residual(self, module: str, point: str, x: np.ndarray) -> np.ndarray:
+        return x if self.linears_only else super().read_residual(module, point, x)
+
+    def products(self, name: str, q, k, v, n_head: int, causal: bool) -> np.ndarray:
+        if name in self.kept:
+            return super().products(name, q, k, v, n_head, causal)
+        return rounded_attention(q, k, v, n_head, causal)
+
+
+def with_keep_float(metadata: Mapping, modules: Iterable[str]) -> dict:
+    """Metadata in which these modules stay in float too, given in any order."""
+    kept = {*metadata["quantization"]["keep_float"], *modules}
+    expanded = graph.expand_keep_float(kept, metadata["dims"])
+    return {**metadata, "quantization": {**metadata["quantization"], "keep_float": expanded}}
+
+
+def between_linears(metadata: Mapping) -> set[str]:
+    """The modules that are neither linear nor convolution."""
+    return set(graph.modules(metadata["dims"])).difference(checkpoint.quantizable(metadata["dims"]))
+
+
+def rounded(x: np.ndarray, scale: np.float32, zero_point: int) -> np.ndarray:
+    """x float32 -> scale * (q - zero_point), q = clip(rint(x / scale) + zero_point, -128, 127)."""
+    y = np.rint(x / scale)
+    np.clip(y, graph.Q_MIN - zero_point, graph.Q_MAX - zero_point, out=y)
+    y *= scale
+    return y
+
+
+def rounded_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal: bool) -> np.ndarray:
+    """softmax(q kᵀ / sqrt(d)) v with probabilities of round(255 p) / 255; shapes as in `kernels.attention`."""
+    n_batch, t_q, n_state = q.shape
+    t_k, d = k.shape[1], n_state // n_head
+    group = n_batch // k.shape[0]
+    out = np.empty((n_batch, t_q, n_head, d), np.float32)
+    for b in range(n_batch):
+        keys = k[b // group].reshape(t_k, n_head, d).transpose(1, 2, 0)
+        values = v[b // group].reshape(t_k, n_head, d).transpose(1, 0, 2)
+        for i in range(0, t_q, QUERIES):
+            queries = q[b, i : i + QUERIES].reshape(-1, n_head, d).transpose(1, 0, 2)
+            p = queries @ keys * np.float32(1 / math.sqrt(d))  # (H, queries, Tk)
+            if causal:
+                position = np.arange(i, i + p.shape[1])[:, None] + t_k - t_q
+                p[:, np.arange(t_k) > position] = -np.inf
+            p -= p.max(axis=-1, keepdims=True)
+            np.exp(p, out=p)
+            p *= P_STEPS / p.sum(axis=-1, keepdims=True)
+            np.rint(p, out=p)
+            out[b, i : i + QUERIES] = (p @ values * np.float32(1 / P_STEPS)).transpose(1, 0, 2)
+    return out.reshape(n_batch, t_q, n_state)
