@@ -116,7 +116,7 @@ def least_error(record: Record, low: float, high: float) -> tuple[float, float]:
     for _ in range(ROUNDS):
         found = best([found, *((found[0], high * s) for s in SHRINKS)])
         found = best([found, *((low * s, found[1]) for s in SHRINKS)])
-    return found
+    return float(found[0]), float(found[1])
 
 
 def squared_error(values: np.ndarray, counts: np.ndarray, low: float, high: float) -> float:

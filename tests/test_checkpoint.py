@@ -85,7 +85,7 @@ PAIR = "finite numbers .low, high. around 0"
 @pytest.mark.parametrize("change, said", [
     ({"ranges": None}, "ranges: expected an object with a range for each tensor, got None"),
     ({"ranges": {**POINTS, "x": [0, 1]}}, "ranges: expected tensors of this network only, got 'x'"),
-    ({"ranges": {**POINTS, "encoder.blocks.0.attn.gate": [0, 1]}}, "ranges: expected tensors of this network only, got"),
+    ({"ranges": {**POINTS, "encoder.blocks.0.attn.gate": [0, 1]}}, "ranges: expected tensors of this network"),
     ({"ranges": {k: v for k, v in POINTS.items() if k != "mel"}}, f"ranges: mel: expected {PAIR}, got None"),
     ({"ranges": {**POINTS, "mel": [0, float("inf")]}}, f"ranges: mel: expected {PAIR}, got"),
     ({"ranges": {**POINTS, "mel": [float("nan"), 0]}}, f"ranges: mel: expected {PAIR}, got"),
