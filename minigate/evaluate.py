@@ -35,7 +35,7 @@ from minigate.options import (
     decoding_options,
     errors_name_flags,
 )
-from minigate.report import COUNTS, REPORT, check_target, read_report, sha256, write_json
+from minigate.report import COUNTS, REPORT, aligned, check_target, read_report, sha256, write_json
 from minigate.transcribe import check_options
 from minigate.wer import Errors
 
@@ -210,11 +210,11 @@ def table(report: dict) -> str:
     """The report's figures as text, a line for each source when there are several."""
     sources = report["sources"] if len(report["sources"]) > 1 else {}
     rows = [HEAD, *(_cells(name or "(none)", figures) for name, figures in sources.items()), _cells("all", report)]
-    lines = _aligned(rows)
+    lines = aligned(rows)
     if "comparison" in report:
         lines += ["", f"difference to {report['comparison']['with']} ({_name(report['comparison'].get('model'))}), "
                       "paired; below 0 this one is better"]
-        lines += _aligned([(HEAD[0], HEAD[1], *HEAD[3:7]), *_comparison_cells(report["comparison"])])
+        lines += aligned([(HEAD[0], HEAD[1], *HEAD[3:7]), *_comparison_cells(report["comparison"])])
     counts = [f"{n} {what}" for n, what in ((report["without_text"], "without text, not scored"),
                                             (len(report["failed"]), "that cannot be read")) if n]
     peak = f", peak {report['peak_mb']:.0f} MB" if report["peak_mb"] else ""
@@ -246,12 +246,6 @@ def _percent(rate: float | None, sign: str = "") -> str:
 
 def _range(interval: list[float] | None, sign: str = "") -> str:
     return "-" if interval is None else f"{_percent(interval[0], sign)} to {_percent(interval[1], sign)}"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Cells in columns, the first one left-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 # --- the command line

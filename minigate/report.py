@@ -1,4 +1,4 @@
-"""The file of an evaluation: a report as JSON, read and written; evaluate.py says what is in it.
+"""The file of an evaluation: a report as JSON, read and written; evaluate.py says what is in it. Tables as text.
 
     report --check_target, write_json--> OUT.json --read_report--> report
 """
@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minigate.errors import FileError
@@ -44,37 +45,49 @@ def _is_complete(report: dict) -> bool:
             and all(map(right, lists[0])) and all(isinstance(failure, dict) for failure in lists[1]))
 
 
-def check_target(path: str | Path) -> None:
-    """FileError when write_json could not write path: said before the work, not after."""
+def check_target(path: str | Path, flag: str = "--json") -> None:
+    """FileError when write_whole could not write path, the value of `flag`: said before the work, not after."""
     path = Path(path)
     try:
         status = path.stat()
     except FileNotFoundError:
         status = None
     except OSError as error:
-        raise FileError(f"--json: expected a file that can be written, got {path}: {error.strerror}") from None
+        raise FileError(f"{flag}: expected a file that can be written, got {path}: {error.strerror}") from None
     if status and not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe"
-        raise FileError(f"--json: expected a regular file, got {path}, {kind}")
+        raise FileError(f"{flag}: expected a regular file, got {path}, {kind}")
     if status and not os.access(path, os.W_OK):
-        raise FileError(f"--json: expected a file that can be written, got {path}, which is read-only")
+        raise FileError(f"{flag}: expected a file that can be written, got {path}, which is read-only")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise FileError(f"--json: expected a file in a folder that can be written to, got {path}")
+        raise FileError(f"{flag}: expected a file in a folder that can be written to, got {path}")
 
 
 def write_json(path: str | Path, report: dict) -> None:
-    """Written under another name in the same folder first: there is the whole file, or what was there before."""
+    """As write_whole does."""
+    text = json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    # undecodable bytes of names, \udcXX here, are JSON in this form
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
+    """write(another name in the same folder), then rename: there is the whole file, or what was there before."""
     path = Path(path)
     part = path.with_name(f".minigate-{secrets.token_hex(8)}.part")
-    text = json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     try:
-        try:  # undecodable bytes of names, \udcXX here, are JSON in this form
-            part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        try:
+            write(part)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise FileError(f"{path}: expected a file that can be written, got {error.strerror or error}") from error
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows of cells -> lines with the cells in columns, the first one left-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 def sha256(path: Path) -> str:

@@ -66,6 +66,14 @@ def check_options(model, options: TranscribeOptions) -> None:
     suppressed_tokens(model, options.suppress_tokens)
 
 
+def context_frames(model, n_frames: int) -> int:
+    """Mel frames that the encoder is given for so many of content: all 3000, or, where the model was trained so, the
+    content's whole seconds, rounded up, 2 at least."""
+    if model.metadata.get("audio_context") != "variable":
+        return N_FRAMES
+    return min(N_FRAMES, VARIABLE_STEP * max(2, -(-n_frames // VARIABLE_STEP)))
+
+
 class Transcription:
     """The segments of one recording, found as one iterates, once; afterwards `result()`.
 
@@ -124,13 +132,6 @@ class Transcription:
             self._encoded = mel, self.model.encode(mel[None])
         return self._encoded[1]
 
-    def _context(self, n_frames: int) -> int:
-        """Mel frames that the encoder is given for so many of content: all 3000, or, where the model was trained so,
-        the content's whole seconds, rounded up, 2 at least."""
-        if self.model.metadata.get("audio_context") != "variable":
-            return N_FRAMES
-        return min(N_FRAMES, VARIABLE_STEP * max(2, -(-n_frames // VARIABLE_STEP)))
-
     def _encode(self, text: str | None) -> list[int]:
         text = (text or "").strip()
         return self.model.tokenizer.encode(f" {text}") if text else []
@@ -148,7 +149,7 @@ class Transcription:
         """Decode the window at `seek`, and move `seek` and the previous text on."""
         mel, n_frames = self.windows.window(self.seek)
         seek = self.seek
-        found = self._decode(self._listen(mel[:, : self._context(n_frames)]))
+        found = self._decode(self._listen(mel[:, : context_frames(self.model, n_frames)]))
         if is_silence(found, self.options):
             self.seek += n_frames
             return []
