@@ -57,6 +57,7 @@ setup(
     install_requires=["numpy", "cffi", "soundfile", "scipy", "tqdm"],
     extras_require={
         "test": ["pytest"],
+        "plot": ["matplotlib"],
         "eval": ["jiwer", "whisper-normalizer"],
         "mpi": ["mpi4py"],
         "reference": ["torch", "openai-whisper"],

@@ -2,23 +2,27 @@
 
     forward through Observer(ops, meter.see) --per tensor and utterance--> Meter --summary--> figures
 
+usage: python -m minigate.outliers MODEL MANIFEST.tsv [--compare MODEL2] [--json OUT] [--plot OUT.png]
+
 The tensors are those that an integer network would have to hold: every layer norm's input and output, every attention's
 output before and after its output projection, and the outputs of both linears of every MLP (of the first one before
 its GELU, of the others before the residual is added). An utterance is a forward with one row.
 
 Source of the choice: Bondarenko et al., arXiv 2306.12929 (largest absolute value, kurtosis) and Wagner et al.,
-Interspeech 2024. T positions, D hidden size.
+Interspeech 2024. B batch, T positions, D hidden size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from minigate import kernels
+from minigate.attention import gate
 
 SIGMAS = 6  # distance from the mean, in standard deviations, above which a value is an outlier
 LINEARS = (".attn.out", ".cross_attn.out", ".mlp.0", ".mlp.2")
+RESIDUAL = (" input", "_ln", ".ln_post", ".ln", ".out", ".mlp.2")  # ends of tensors in the residual stream's dimensions
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,22 @@ def measure(x: np.ndarray) -> Figures:
 
 
 class Observer:
-    """A model's operators for `model.encoder` and `model.decoder`, which hand every tensor named above to `see`."""
+    """A model's operators for `model.encoder` and `model.decoder`, which hand every tensor named above to `see`.
 
-    def __init__(self, ops, see: Callable[[str, np.ndarray], None]):
-        self._ops, self._see = ops, see
+    see_attention: called for every attention with name, q (B, T_q, D), k, v (B, T_k, D), gate (B, T_q, H or D) or
+    None, n_head, causal.
+    """
+
+    def __init__(self, ops, see: Callable[[str, np.ndarray], None], see_attention: Callable | None = None):
+        self._ops, self._see, self._see_attention = ops, see, see_attention
 
     def __getattr__(self, name: str):
         return getattr(self._ops, name)
 
     def norm(self, name: str, x):
-        self._see(f"{name} input", self._ops.values(x))
+        self._see(f"{name} input", self._values(x))
         y = self._ops.norm(name, x)
-        self._see(name, self._ops.values(y))
+        self._see(name, self._values(y))
         return y
 
     def linear(self, name: str, x, gelu: bool = False, residual=None):
@@ -67,10 +75,16 @@ class Observer:
             y = kernels.gelu(y)
         return y if residual is None else y + residual
 
-    def attention(self, name: str, *args, **options):
-        y = self._ops.attention(name, *args, **options)
-        self._see(name, self._ops.values(y))
+    def attention(self, name: str, q, k, v, h, n_head: int, causal: bool):
+        y = self._ops.attention(name, q, k, v, h, n_head, causal=causal)
+        self._see(name, y)
+        if self._see_attention:
+            g = gate(self._ops.gate_kind, self._values(h), self._ops.gates.get(name), n_head, self._ops.gate_scale)
+            self._see_attention(name, q, k, v, g, n_head, causal)
         return y
+
+    def _values(self, x) -> np.ndarray:
+        return x if isinstance(x, np.ndarray) else self._ops.values(x)
 
 
 class Meter:
@@ -105,6 +119,19 @@ class Meter:
         }
 
 
+def hidden_dimensions(seen: Mapping[str, Sequence[Figures]], side: str) -> list[dict]:
+    """side: encoder or decoder -> {dimension, count, share} of each dimension of its residual stream with outliers.
+
+    The counts are sums over the tensors in the stream's dimensions (neither attention before its output projection nor
+    the first linears of MLPs), means over utterances; the share is of all these; the largest is first.
+    """
+    names = [name for name in seen if name.startswith(f"{side}.") and name.endswith(RESIDUAL)]
+    counts = sum(np.mean([f.above for f in seen[name]], axis=0) for name in names)
+    total = float(np.sum(counts))
+    order = [int(d) for d in np.argsort(-counts, kind="stable") if counts[d]] if total else []
+    return [{"dimension": d, "count": float(counts[d]), "share": float(counts[d]) / total} for d in order]
+
+
 def _means(figures: list[Figures]) -> dict:
     """One tensor in all utterances -> its means, and the hidden dimension with the largest share of its outliers."""
     by_dimension = np.mean([f.above for f in figures], axis=0)
@@ -117,3 +144,9 @@ def _means(figures: list[Figures]) -> dict:
         "dimension": dimension if total else None,
         "share": float(by_dimension[dimension]) / total if total else 0.0,
     }
+
+
+if __name__ == "__main__":
+    from minigate.outlierreport import main
+
+    raise SystemExit(main())

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from minigate import model, ops, outliers
+from minigate import int8, model, ops, outliers
+from minigate.attention import gate
 from minigate.outliers import Figures, Meter, Observer
+from minigate.quantize import quantize_dynamic
 from tests.toy import DIMS, toy_model
 
 
@@ -34,23 +36,24 @@ def test_huge_and_constant_tensors_have_finite_numbers():
     assert outliers.measure(x).kurtosis == pytest.approx(999, rel=1e-2)
 
 
-def watched():
-    """-> a network's results and names without and with an observer."""
+def watched(quantized=False, see_attention=None):
+    """-> a network's operators, what an observer saw, its results without and with an observer."""
     metadata, tensors = toy_model("per_head")
     dims, rng, seen = model.Dims(**metadata["dims"]), np.random.default_rng(0), {}
-    plain = ops.Float(metadata, tensors)
+    plain = int8.Dynamic(*quantize_dynamic(metadata, tensors)) if quantized else ops.Float(metadata, tensors)
     mel = rng.standard_normal((1, DIMS["n_mels"], 2 * DIMS["n_audio_ctx"])).astype(np.float32)
     tokens = rng.integers(0, DIMS["n_vocab"], (1, 5))
     results = []
-    for o in (plain, Observer(plain, lambda name, x: seen.setdefault(name, []).append(x))):
+    for o in (plain, Observer(plain, lambda name, x: seen.setdefault(name, []).append(x), see_attention)):
         xa = model.encoder(o, dims, mel)
         x = model.decoder(o, dims, tokens, model.Whole(model.cross_keys_values(o, dims, xa)))
-        results.append(o.norm("decoder.ln", x))
+        results.append(o.values(o.norm("decoder.ln", x)))
     return plain, seen, results
 
 
-def test_an_observer_changes_nothing_and_sees_every_tensor_once():
-    _, seen, (plain, observed) = watched()
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_observer_changes_nothing_and_sees_every_tensor_once(quantized):
+    _, seen, (plain, observed) = watched(quantized)
     np.testing.assert_allclose(observed, plain, rtol=1e-5, atol=1e-5)
     attentions = {"encoder": ["attn"], "decoder": ["attn", "cross_attn"]}
     modules = [(f"{side}.blocks.{i}", attentions[side]) for side in attentions for i in range(2)]
@@ -69,6 +72,37 @@ def test_linears_are_seen_before_gelu_and_residual():
     np.testing.assert_allclose(block["attn.out"], plain.linear("encoder.blocks.0.attn.out", block["attn"]), rtol=1e-6)
     after = block["mlp_ln input"] + block["mlp.2"]
     np.testing.assert_allclose(seen["encoder.blocks.1.attn_ln input"][0], after, rtol=1e-6)
+
+
+def test_attention_is_handed_over_with_its_gate():
+    handed = {}
+    plain, seen, _ = watched(see_attention=lambda name, *rest: handed.setdefault(name, rest))
+    assert len(handed) == 2 + 2 * 2
+    for name, (q, k, v, g, n_head, causal) in handed.items():
+        assert causal == (name.startswith("decoder.") and name.endswith(".attn")) and n_head == DIMS["n_audio_head"]
+        h = seen[f"{name}_ln"][0]
+        np.testing.assert_allclose(q, plain.linear(f"{name}.query", h), rtol=1e-6)
+        assert k.shape == v.shape and k.shape[1] == (5 if causal else DIMS["n_audio_ctx"])
+        np.testing.assert_array_equal(g, gate("per_head", h, plain.gates[name], n_head, plain.gate_scale))
+
+
+def test_hidden_dimensions_of_the_residual_stream():
+    def figures(*above):
+        return Figures(1, 3, np.array(above))
+
+    seen = {"encoder.blocks.0.attn_ln input": [figures(0, 2, 0, 6), figures(0, 0, 0, 4)],
+            "encoder.blocks.0.mlp.2": [figures(0, 0, 3, 0), figures(0, 0, 1, 0)],
+            "encoder.ln_post": [figures(0, 0, 1, 0)] * 2,
+            "encoder.blocks.0.attn": [figures(99, 0, 0, 0)] * 2,  # heads' dimensions
+            "encoder.blocks.0.mlp.0": [figures(*[9] * 16)] * 2,  # neurons
+            "decoder.blocks.0.attn.out": [figures(1, 0, 0, 0)] * 2,
+            "decoder.ln": [figures(0, 0, 0, 0)] * 2}  # fmt: skip
+    assert outliers.hidden_dimensions(seen, "encoder") == [
+        {"dimension": 3, "count": 5, "share": 5 / 9}, {"dimension": 2, "count": 3, "share": 3 / 9},
+        {"dimension": 1, "count": 1, "share": 1 / 9},
+    ]  # fmt: skip
+    assert outliers.hidden_dimensions(seen, "decoder") == [{"dimension": 0, "count": 1, "share": 1}]
+    assert outliers.hidden_dimensions({"decoder.ln": [figures(0, 0)]}, "decoder") == []
 
 
 def test_means_over_utterances_and_the_worst_over_tensors():
