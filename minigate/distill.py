@@ -41,6 +41,7 @@ class DistillOptions:
     temperature: float = 2.0  # divides both models' logits in the KL, not in the cross-entropy
     outlier_weight: float = 0.0  # of the mean over tensors of log(1 + E[(|A| / outlier_tau)^outlier_power])
     outlier_tau: float = 6.0  # above this an activation counts much, below it little
+    outlier_decoder_tau: float | None = None  # the same in the decoder's blocks, whose values are smaller; None: equal
     outlier_power: float = 4.0  # above 1, or the gradient jumps at 0
     outlier_tensors: str | Iterable[str] = OUTLIER_GROUPS[:3]  # any of OUTLIER_GROUPS, or a string of them with commas
 
@@ -51,6 +52,7 @@ class DistillOptions:
             check.number(name, 0)
         for name in ("temperature", "outlier_tau"):
             check.number(name, 0, above=True)
+        check.number("outlier_decoder_tau", 0, above=True, optional=True)
         check.number("outlier_power", 1, above=True)
         if not any(getattr(self, name) for name in weights):
             raise UsageError(f"{', '.join(weights)}: expected one above 0 at least, got 0 for all")
@@ -59,6 +61,11 @@ class DistillOptions:
         if not names or len(set(names)) < len(names) or not set(names) <= set(OUTLIER_GROUPS):
             check.refuse("outlier_tensors", f"some of {', '.join(OUTLIER_GROUPS)}, each once", groups)
         check.set("outlier_tensors", names)
+
+    def tau(self, name: str) -> float:
+        """Of a penalized tensor, by its name."""
+        own = self.outlier_decoder_tau if name.startswith("decoder.blocks.") else None
+        return self.outlier_tau if own is None else own
 
 
 # --- on the logits ---

@@ -103,7 +103,7 @@ class OutlierPenalty:
         """-> what `backward` needs of a tensor, or None when it is not penalized."""
         if distill.penalty_group(name) not in self.options.outlier_tensors:
             return None
-        value, cache = distill.outlier(a, self.options.outlier_tau, self.options.outlier_power)
+        value, cache = distill.outlier(a, self.options.tau(name), self.options.outlier_power)
         self._values.append(value)
         return len(self._values) - 1, cache
 

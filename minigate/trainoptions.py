@@ -142,6 +142,7 @@ LOSSES = (
     ("temperature", as_number, "T", "that divides the logits in the KL"),
     ("outlier_weight", as_number, "X", "of the mean over tensors of log(1 + E[(|activation| / tau)^power])"),
     ("outlier_tau", as_number, "X", "above this an activation counts much"),
+    ("outlier_decoder_tau", as_number_or_none, "X", "the same in the decoder's blocks, whose values are smaller"),
     ("outlier_power", as_number, "X", "above 1"),
     ("outlier_tensors", str, "GROUPS", f"comma-separated: {','.join(OUTLIER_GROUPS)}"),
 )
@@ -161,7 +162,8 @@ DATA = (
     ("freq_masks", as_whole, "N", "SpecAugment's"),
     ("freq_mask_bins", as_whole, "N", "widest of them, in mel bands"),
 )  # fmt: skip
-UNSET = {"encoder_layers": "all", "decoder_layers": "all", "pack_seed": "that of --seed"}  # what None stands for
+UNSET = {"encoder_layers": "all", "decoder_layers": "all", "pack_seed": "that of --seed",
+         "outlier_decoder_tau": "that of --outlier-tau"}  # what None stands for
 
 
 def build_parser() -> ArgumentParser:

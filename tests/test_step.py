@@ -210,7 +210,7 @@ def test_lengthened_rows_are_those_of_a_longer_batch():
 
 def test_penalty_is_the_mean_over_its_tensors():
     rng = np.random.default_rng(0)
-    options = distill.DistillOptions(outlier_weight=0.1, outlier_tensors="block,final-norm")
+    options = distill.DistillOptions(outlier_weight=0.1, outlier_decoder_tau=1.5, outlier_tensors="block,final-norm")
     names = (
         "encoder.conv1", "encoder.blocks.0.attn.out", "encoder.blocks.0.attn.out + residual", "encoder.blocks.0.mlp.0",
         "encoder.blocks.0.mlp.2", "encoder.blocks.0.mlp.2 + residual", "encoder.blocks.1.mlp.2 + residual",
@@ -219,9 +219,11 @@ def test_penalty_is_the_mean_over_its_tensors():
     tensors = {name: 4 * rng.standard_normal((2, 3, 8)) for name in names}
     penalized = [n for n in tensors if n.endswith(("mlp.2 + residual", "ln_post", "decoder.ln"))]
 
-    def value(a):
+    def value(a, tau):
         """One tensor's part, by the formula."""
-        return 0.1 / 5 * np.log(1 + ((np.abs(a) / 6) ** 4).mean())
+        return 0.1 / 5 * np.log(1 + ((np.abs(a) / tau) ** 4).mean())
+
+    taus = {n: 1.5 if n.startswith("decoder.blocks") else 6 for n in penalized}
 
     penalty = step.OutlierPenalty(options, 5)
     for _ in range(2):  # the second time after a reset
@@ -229,9 +231,9 @@ def test_penalty_is_the_mean_over_its_tensors():
         caches = {n: penalty.forward(n, a) for n, a in tensors.items()}
         assert [n for n, cache in caches.items() if cache is not None] == penalized
         total = penalty.settle(step.WHOLE, Alone())
-        assert total == pytest.approx(sum(value(tensors[n]) for n in penalized), rel=1e-12)
+        assert total == pytest.approx(sum(value(tensors[n], taus[n]) for n in penalized), rel=1e-12)
     for n in penalized:
-        check_gradient(value, tensors[n], penalty.backward(caches[n]), rng)
+        check_gradient(lambda a, tau=taus[n]: value(a, tau), tensors[n], penalty.backward(caches[n]), rng)
 
 
 def test_penalty_counts_its_tensors():
