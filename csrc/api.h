@@ -10,6 +10,15 @@ enum mg_status {
     MG_BAD_ISA      /* the instruction set is unknown, or this process may not use it */
 };
 
+/* Numbers in float32 or, if q is not NULL, in int8: x = scale * (q - zero), scale positive, zero in [-128,127].
+   Written is q = clip(rint(x * (1 / scale)) + zero, -128, 127), ties to even.  Where it says const, only read. */
+struct mg_tensor {
+    float *x;
+    int8_t *q;
+    float scale;
+    int32_t zero;
+};
+
 /* Instruction sets, from the plainest to the widest.  mg_isa_name(i) is NULL past the last. */
 const char *mg_isa_name(size_t i);
 int mg_isa_usable(size_t i);
@@ -61,6 +70,34 @@ enum mg_status mg_attention(float *out, const float *q, const float *k, const fl
                             size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch, size_t v_row,
                             size_t gate_width, int causal,
                             size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d);
+
+/* ---- w8a8-static ---- */
+
+/* out = x + y of n numbers; y may be NULL. */
+enum mg_status mg_add_static(const struct mg_tensor *out, const struct mg_tensor *x, const struct mg_tensor *y, size_t n);
+
+/* out[i][j] = scale[i] * q[i][j].  out, q (m,n), scale (m). */
+enum mg_status mg_expand(float *out, const int8_t *q, const float *scale, size_t m, size_t n);
+
+/* out[i][j] = [gelu](a.scale * w_scale[j] * acc[i][j] + bias[j]) + residual[i][j], acc = (a - a.zero) w^T exact.
+   a int8 (m,k), w packed, out and residual (m,n), w_scale and bias (n); bias and residual may be NULL.
+   MG_BAD_VALUE: a is not int8, or k > 65536. */
+enum mg_status mg_linear_static(const struct mg_tensor *out, const struct mg_tensor *a, const int8_t *packed,
+                                const float *w_scale, const float *bias, const struct mg_tensor *residual, int gelu,
+                                size_t m, size_t n, size_t k);
+
+/* mg_layer_norm; x and out may be int8. */
+enum mg_status mg_layer_norm_static(const struct mg_tensor *out, const struct mg_tensor *x, const float *weight,
+                                    const float *bias, float eps, size_t m, size_t n);
+
+/* mg_attention of q, k, v in int8 with P = rint(255 softmax) in uint8 for the softmax; scores and P v are exact.  With a
+   gate, P v is rounded to the grid of `ungated`, whose pointers are not used, before it is gated.
+   MG_BAD_VALUE: as mg_attention; or q, k or v is not int8, t_k > 32768, d > 32768, or a gate comes without `ungated`. */
+enum mg_status mg_attention_static(const struct mg_tensor *out, const struct mg_tensor *ungated,
+                                   const struct mg_tensor *q, const struct mg_tensor *k, const struct mg_tensor *v,
+                                   const float *gate, size_t q_batch, size_t q_row, size_t k_batch, size_t k_row,
+                                   size_t v_batch, size_t v_row, size_t gate_width, int causal, size_t n_batch,
+                                   size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d);
 
 /* ---- training ---- */
 

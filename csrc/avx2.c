@@ -22,8 +22,8 @@ static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k)
 /* A vector holds 8 columns of 4.  maddubs adds pairs of unsigned times signed, here |a| and w with the sign of a, in 16
    bits: exact, since |a| <= 128, and |w| <= 127 (mg_pack_int8 takes no other) so that w can change its sign and
    2 * 128 * 127 < 2^15. */
-MG_INLINE TARGET void dot_rows(int32_t *acc, const int8_t *a, const int8_t *panel, size_t k4, const size_t rows,
-                               const size_t vectors)
+MG_INLINE TARGET void dot_rows(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *start, size_t k4,
+                               const size_t rows, const size_t vectors)
 {
     const __m256i ones = _mm256_set1_epi16(1);
     for (size_t column = 0; column < MG_PANEL; column += LANES * vectors) {
@@ -32,7 +32,7 @@ MG_INLINE TARGET void dot_rows(int32_t *acc, const int8_t *a, const int8_t *pane
         for (size_t r = 0; r < rows; r++) {
             MG_UNROLL
             for (size_t j = 0; j < vectors; j++)
-                c[r][j] = _mm256_setzero_si256();
+                c[r][j] = _mm256_loadu_si256((const __m256i *)(start + column + LANES * j));
         }
         for (size_t i = 0; i < k4; i += 4) {
             __m256i w[8];
@@ -60,16 +60,15 @@ MG_INLINE TARGET void dot_rows(int32_t *acc, const int8_t *a, const int8_t *pane
     }
 }
 
-TARGET static void dot_panel(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *sums, size_t rows,
+TARGET static void dot_panel(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
                              size_t k)
 {
     size_t k4 = mg_round_up(k, 4);
-    (void)sums;     /* nothing is offset */
     switch (rows) {
-    case 1: dot_rows(acc, a, panel, k4, 1, 8); break;
-    case 2: dot_rows(acc, a, panel, k4, 2, 4); break;
-    case 3: dot_rows(acc, a, panel, k4, 3, 4); break;
-    default: dot_rows(acc, a, panel, k4, ROWS, 4); break;
+    case 1: dot_rows(acc, a, panel, start, k4, 1, 8); break;
+    case 2: dot_rows(acc, a, panel, start, k4, 2, 4); break;
+    case 3: dot_rows(acc, a, panel, start, k4, 3, 4); break;
+    default: dot_rows(acc, a, panel, start, k4, ROWS, 4); break;
     }
 }
 
@@ -131,32 +130,65 @@ MG_INLINE TARGET __m256 gelu_of(__m256 x)
     return _mm256_fnmadd_ps(a, r, _mm256_max_ps(x, _mm256_setzero_ps()));
 }
 
-/* One vector at i of n. */
-MG_INLINE TARGET void finish_at(float *out, __m256 x, const float *bias, const float *residual, int gelu, size_t i,
-                                size_t n)
+/* 8 numbers at i of n, zeros or what stands there beyond n. */
+MG_INLINE TARGET __m256 read_numbers(const struct mg_source *s, const float *factor, size_t i, size_t n)
 {
-    if (bias != NULL)
-        x = _mm256_add_ps(x, load(bias + i, n - i));
-    if (gelu)
-        x = gelu_of(x);
-    if (residual != NULL)
-        x = _mm256_add_ps(x, load(residual + i, n - i));
-    store(out + i, x, n - i);
+    __m256i number;
+    if (s->x != NULL)
+        return load(s->x + i, n - i);
+    if (s->q != NULL) {
+        __m128i eight = _mm_setzero_si128();
+        if (n - i >= LANES)
+            eight = _mm_loadl_epi64((const __m128i *)(s->q + i));
+        else
+            memcpy(&eight, s->q + i, n - i);
+        number = _mm256_cvtepi8_epi32(eight);
+    } else if (n - i >= LANES) {
+        number = _mm256_loadu_si256((const __m256i *)(s->acc + i));
+    } else {
+        number = _mm256_maskload_epi32(s->acc + i, mask_of(n - i));
+    }
+    __m256 scale = _mm256_set1_ps(s->scale);
+    if (factor != NULL)
+        scale = _mm256_mul_ps(scale, load(factor + i, n - i));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(number, _mm256_set1_epi32(s->zero))), scale);
 }
 
-TARGET static void finish(float *out, const float *x, const float *bias, const float *residual, int gelu, size_t n)
+/* Integers that fit, as 8 bits, to q[i] and on. */
+MG_INLINE TARGET void store_bytes(int8_t *q, __m256i x, size_t left)
 {
-    for (size_t i = 0; i < n; i += LANES)
-        finish_at(out, load(x + i, n - i), bias, residual, gelu, i, n);
+    __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    __m128i eight = _mm_packs_epi16(half, half);
+    if (left >= LANES)
+        _mm_storel_epi64((__m128i *)q, eight);
+    else
+        memcpy(q, &eight, left);
 }
 
-TARGET static void finish_int(float *out, const int32_t *acc, float a_scale, const float *w_scale, const float *bias,
-                              const float *residual, int gelu, size_t n)
+MG_INLINE TARGET void write_numbers(const struct mg_target *t, __m256 x, size_t i, size_t n)
 {
+    if (t->q == NULL) {
+        store(t->x + i, x, n - i);
+        return;
+    }
+    x = _mm256_mul_ps(x, _mm256_set1_ps(t->inverse));
+    x = _mm256_max_ps(x, _mm256_set1_ps((float)(-128 - t->zero)));      /* the second of them where x is NaN */
+    x = _mm256_min_ps(x, _mm256_set1_ps((float)(127 - t->zero)));
+    store_bytes(t->q + i, _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(t->zero)), n - i);
+}
+
+TARGET static void finish(const struct mg_finish *f, size_t n)
+{
+    int residual = f->residual.x != NULL || f->residual.q != NULL;
     for (size_t i = 0; i < n; i += LANES) {
-        __m256 scale = _mm256_mul_ps(_mm256_set1_ps(a_scale), load(w_scale + i, n - i));
-        __m256 x = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(acc + i)));
-        finish_at(out, _mm256_mul_ps(x, scale), bias, residual, gelu, i, n);
+        __m256 x = read_numbers(&f->x, f->factor, i, n);
+        if (f->bias != NULL)
+            x = _mm256_add_ps(x, load(f->bias + i, n - i));
+        if (f->gelu)
+            x = gelu_of(x);
+        if (residual)
+            x = _mm256_add_ps(x, read_numbers(&f->residual, NULL, i, n));
+        write_numbers(&f->out, x, i, n);
     }
 }
 
@@ -172,13 +204,7 @@ TARGET static float quantize_row(int8_t *q, const float *x, size_t n)
     }
     __m256 inverse = _mm256_set1_ps(127.0f / top);
     for (size_t i = 0; i < n; i += LANES) {
-        __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(load(x + i, n - i), inverse));
-        __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-        __m128i eight = _mm_packs_epi16(half, half);
-        if (n - i >= LANES)
-            _mm_storel_epi64((__m128i *)(q + i), eight);
-        else
-            memcpy(q + i, &eight, n - i);
+        store_bytes(q + i, _mm256_cvtps_epi32(_mm256_mul_ps(load(x + i, n - i), inverse)), n - i);
     }
     return top / 127.0f;
 }
@@ -208,7 +234,6 @@ const struct mg_kernels mg_avx2 = {
     .max_rows = ROWS,
     .pack_rows = pack_rows,
     .dot_panel = dot_panel,
-    .finish_int = finish_int,
     .finish = finish,
     .quantize_row = quantize_row,
     .layer_norm_row = layer_norm_row,
@@ -220,5 +245,6 @@ const struct mg_kernels mg_avx2 = {
     .attend_backward_floats = mg_avx2_attend_backward_floats,
     .attend_backward = mg_avx2_attend_backward,
     .rows = &mg_avx2_rows,
+    .int8 = &mg_avx2_int8,
 };
 #endif

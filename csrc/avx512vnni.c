@@ -7,12 +7,12 @@
 #include <string.h>
 
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
-enum { ROWS = 6, VECTORS = MG_PANEL / 16 };    /* 6 rows * 4 vectors of sums fill 24 of 32 registers */
+enum { ROWS = 6, VECTORS = MG_PANEL / 16, OFFSET = 128 };    /* 6 rows * 4 vectors of sums fill 24 of 32 registers */
 
-/* dpbusd multiplies unsigned by signed: a is offset by 128, and the product by 128 times the column sum. */
+/* dpbusd multiplies unsigned by signed: a is offset by OFFSET. */
 TARGET static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k)
 {
-    const __m512i offset = _mm512_set1_epi8(-128);
+    const __m512i offset = _mm512_set1_epi8(-128);     /* exclusive or with it adds OFFSET */
     size_t k4 = mg_round_up(k, 4);
     for (size_t r = 0; r < rows; r++) {
         int8_t *out = packed + r * k4;
@@ -27,16 +27,15 @@ TARGET static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_
     }
 }
 
-MG_INLINE TARGET void dot_rows(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *sums, size_t k4,
+MG_INLINE TARGET void dot_rows(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *start, size_t k4,
                                const size_t rows)
 {
     __m512i c[ROWS][VECTORS];
     MG_UNROLL
     for (size_t j = 0; j < VECTORS; j++) {
-        __m512i offset = _mm512_slli_epi32(_mm512_loadu_si512(sums + 16 * j), 7);
         MG_UNROLL
         for (size_t r = 0; r < rows; r++)
-            c[r][j] = _mm512_sub_epi32(_mm512_setzero_si512(), offset);
+            c[r][j] = _mm512_loadu_si512(start + 16 * j);
     }
     for (size_t i = 0; i < k4; i += 4) {
         __m512i w[VECTORS];
@@ -61,17 +60,17 @@ MG_INLINE TARGET void dot_rows(int32_t *acc, const int8_t *a, const int8_t *pane
     }
 }
 
-TARGET static void dot_panel(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *sums, size_t rows,
+TARGET static void dot_panel(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
                              size_t k)
 {
     size_t k4 = mg_round_up(k, 4);
     switch (rows) {
-    case 1: dot_rows(acc, a, panel, sums, k4, 1); break;
-    case 2: dot_rows(acc, a, panel, sums, k4, 2); break;
-    case 3: dot_rows(acc, a, panel, sums, k4, 3); break;
-    case 4: dot_rows(acc, a, panel, sums, k4, 4); break;
-    case 5: dot_rows(acc, a, panel, sums, k4, 5); break;
-    default: dot_rows(acc, a, panel, sums, k4, ROWS); break;
+    case 1: dot_rows(acc, a, panel, start, k4, 1); break;
+    case 2: dot_rows(acc, a, panel, start, k4, 2); break;
+    case 3: dot_rows(acc, a, panel, start, k4, 3); break;
+    case 4: dot_rows(acc, a, panel, start, k4, 4); break;
+    case 5: dot_rows(acc, a, panel, start, k4, 5); break;
+    default: dot_rows(acc, a, panel, start, k4, ROWS); break;
     }
 }
 
@@ -93,34 +92,47 @@ MG_INLINE TARGET __m512 gelu_of(__m512 x)
     return _mm512_fnmadd_ps(a, r, _mm512_max_ps(x, _mm512_setzero_ps()));
 }
 
-MG_INLINE TARGET void finish_at(float *out, __m512 x, const float *bias, const float *residual, int gelu, size_t i,
-                                __mmask16 mask)
+MG_INLINE TARGET __m512 read_numbers(const struct mg_source *s, const float *factor, size_t i, __mmask16 mask)
 {
-    if (bias != NULL)
-        x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, bias + i));
-    if (gelu)
-        x = gelu_of(x);
-    if (residual != NULL)
-        x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, residual + i));
-    _mm512_mask_storeu_ps(out + i, mask, x);
+    __m512i number;
+    if (s->x != NULL)
+        return _mm512_maskz_loadu_ps(mask, s->x + i);
+    if (s->q != NULL)
+        number = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, s->q + i));
+    else
+        number = _mm512_maskz_loadu_epi32(mask, s->acc + i);
+    __m512 scale = _mm512_set1_ps(s->scale);
+    if (factor != NULL)
+        scale = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, factor + i));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(number, _mm512_set1_epi32(s->zero))), scale);
 }
 
-TARGET static void finish(float *out, const float *x, const float *bias, const float *residual, int gelu, size_t n)
+MG_INLINE TARGET void write_numbers(const struct mg_target *t, __m512 x, size_t i, __mmask16 mask)
 {
-    for (size_t i = 0; i < n; i += 16) {
-        __mmask16 mask = mask_of(n - i);
-        finish_at(out, _mm512_maskz_loadu_ps(mask, x + i), bias, residual, gelu, i, mask);
+    if (t->q == NULL) {
+        _mm512_mask_storeu_ps(t->x + i, mask, x);
+        return;
     }
+    x = _mm512_mul_ps(x, _mm512_set1_ps(t->inverse));
+    x = _mm512_max_ps(x, _mm512_set1_ps((float)(-128 - t->zero)));      /* the second of them where x is NaN */
+    x = _mm512_min_ps(x, _mm512_set1_ps((float)(127 - t->zero)));
+    __m512i steps = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(t->zero));
+    _mm512_mask_cvtsepi32_storeu_epi8(t->q + i, mask, steps);
 }
 
-TARGET static void finish_int(float *out, const int32_t *acc, float a_scale, const float *w_scale, const float *bias,
-                              const float *residual, int gelu, size_t n)
+TARGET static void finish(const struct mg_finish *f, size_t n)
 {
+    int residual = f->residual.x != NULL || f->residual.q != NULL;
     for (size_t i = 0; i < n; i += 16) {
         __mmask16 mask = mask_of(n - i);
-        __m512 scale = _mm512_mul_ps(_mm512_set1_ps(a_scale), _mm512_maskz_loadu_ps(mask, w_scale + i));
-        __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(acc + i)), scale);
-        finish_at(out, x, bias, residual, gelu, i, mask);
+        __m512 x = read_numbers(&f->x, f->factor, i, mask);
+        if (f->bias != NULL)
+            x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, f->bias + i));
+        if (f->gelu)
+            x = gelu_of(x);
+        if (residual)
+            x = _mm512_add_ps(x, read_numbers(&f->residual, NULL, i, mask));
+        write_numbers(&f->out, x, i, mask);
     }
 }
 
@@ -167,9 +179,9 @@ TARGET static void layer_norm_row(float *out, const float *x, const float *weigh
 const struct mg_kernels mg_avx512vnni = {
     .name = "avx512vnni",
     .max_rows = ROWS,
+    .offset = OFFSET,
     .pack_rows = pack_rows,
     .dot_panel = dot_panel,
-    .finish_int = finish_int,
     .finish = finish,
     .quantize_row = quantize_row,
     .layer_norm_row = layer_norm_row,
@@ -181,5 +193,6 @@ const struct mg_kernels mg_avx512vnni = {
     .attend_backward_floats = mg_avx512_attend_backward_floats,
     .attend_backward = mg_avx512_attend_backward,
     .rows = &mg_avx512_rows,
+    .int8 = &mg_avx512_int8,
 };
 #endif

@@ -27,10 +27,13 @@ int mg_get_scratch(struct mg_scratch *scratch, size_t bytes, size_t n_tasks)
 struct product {
     const struct mg_kernels *kernels;
     int32_t *acc;               /* the result, or NULL: then out is */
-    float *out;
+    struct mg_target out;
+    struct mg_source residual;
     const int8_t *a, *panels;
+    int32_t a_zero;
     const int32_t *sums;
-    const float *a_scale, *w_scale, *bias, *residual;
+    const float *a_scale, *w_scale, *bias;
+    size_t a_scale_step;        /* 1: a scale per row; 0: one for all */
     int gelu;
     size_t m, n, k, tile_panels, column_tiles;
     struct mg_scratch scratch;
@@ -41,12 +44,15 @@ static void store_tile(const struct product *p, const int32_t *acc, size_t row, 
     size_t n = mg_min(MG_PANEL, p->n - column);
     for (size_t r = row; r < row + rows; r++, acc += MG_PANEL) {
         size_t at = r * p->n + column;
-        if (p->acc != NULL)
+        if (p->acc != NULL) {
             memcpy(p->acc + at, acc, n * sizeof *acc);
-        else
-            p->kernels->finish_int(p->out + at, acc, p->a_scale[r], p->w_scale + column,
-                                   p->bias != NULL ? p->bias + column : NULL,
-                                   p->residual != NULL ? p->residual + at : NULL, p->gelu, n);
+            continue;
+        }
+        struct mg_finish f = {
+            .out = mg_target_at(p->out, at), .x = {.acc = acc, .scale = p->a_scale[r * p->a_scale_step]},
+            .residual = mg_source_at(p->residual, at), .factor = p->w_scale + column,
+            .bias = p->bias != NULL ? p->bias + column : NULL, .gelu = p->gelu};
+        p->kernels->finish(&f, n);
     }
 }
 
@@ -61,13 +67,16 @@ static void product_tile(void *context, size_t i, size_t worker)
     int32_t *acc = mg_scratch_of(&p->scratch, worker);
     int8_t *a = (int8_t *)(acc + kernels->max_rows * MG_PANEL);
     kernels->pack_rows(a, p->a + row0 * p->k, rows, p->k);
-    for (size_t panel = panel0; panel < panel1; panel++)
+    for (size_t panel = panel0; panel < panel1; panel++) {
+        int32_t start[MG_PANEL];
+        for (size_t j = 0; j < MG_PANEL; j++)
+            start[j] = -(kernels->offset + p->a_zero) * p->sums[panel * MG_PANEL + j];
         for (size_t r = 0; r < rows; r += kernels->max_rows) {
             size_t some = mg_min(kernels->max_rows, rows - r);
-            kernels->dot_panel(acc, a + r * k4, p->panels + panel * MG_PANEL * k4,
-                               p->sums + panel * MG_PANEL, some, p->k);
+            kernels->dot_panel(acc, a + r * k4, p->panels + panel * MG_PANEL * k4, start, some, p->k);
             store_tile(p, acc, row0 + r, some, panel * MG_PANEL);
         }
+    }
 }
 
 /* Panels of a tile: all if there are enough rows to share, or too little work; else about a quarter of them, few enough
@@ -109,8 +118,22 @@ enum mg_status mg_linear_int8(float *out, const int8_t *a, const float *a_scale,
                               const float *w_scale, const float *bias, const float *residual, int gelu,
                               size_t m, size_t n, size_t k)
 {
-    struct product p = {.out = out, .a = a, .a_scale = a_scale, .w_scale = w_scale, .bias = bias,
-                        .residual = residual, .gelu = gelu, .m = m, .n = n, .k = k};
+    struct product p = {.out = {.x = out}, .a = a, .a_scale = a_scale, .a_scale_step = 1, .w_scale = w_scale,
+                        .bias = bias, .residual = {.x = residual}, .gelu = gelu, .m = m, .n = n, .k = k};
+    return run_product(&p, packed);
+}
+
+enum mg_status mg_linear_static(const struct mg_tensor *out, const struct mg_tensor *a, const int8_t *packed,
+                                const float *w_scale, const float *bias, const struct mg_tensor *residual, int gelu,
+                                size_t m, size_t n, size_t k)
+{
+    struct product p = {.out = mg_target_of(out), .a = a->q, .a_zero = a->zero, .a_scale = &a->scale,
+                        .w_scale = w_scale, .bias = bias, .gelu = gelu, .m = m, .n = n, .k = k};
+    if (residual != NULL)
+        p.residual = mg_source_of(residual);
+    if (a->q == NULL || k > MG_MAX_STATIC_K || !mg_is_grid(out) || !mg_is_grid(a) ||
+        (residual != NULL && !mg_is_grid(residual)))
+        return MG_BAD_VALUE;
     return run_product(&p, packed);
 }
 
@@ -118,67 +141,137 @@ enum mg_status mg_linear_int8(float *out, const int8_t *a, const float *a_scale,
 
 struct rows {
     const struct mg_kernels *kernels;
-    void (*row)(const struct rows *job, size_t i);
-    float *out;
+    void (*row)(const struct rows *job, size_t i, float *room);
+    float *scale;               /* a number for each row */
     int8_t *q;
-    const float *x, *weight, *bias, *residual;
+    struct mg_target out;
+    struct mg_source x, residual;
+    const float *weight, *bias;
     float eps;
     int gelu;
     size_t m, n, rows_per_task;
+    struct mg_scratch scratch;  /* room for a row, if there is any */
 };
 
 static void some_rows(void *context, size_t task, size_t worker)
 {
     const struct rows *job = context;
     size_t end = mg_min((task + 1) * job->rows_per_task, job->m);
-    (void)worker;
+    float *room = job->scratch.data != NULL ? mg_scratch_of(&job->scratch, worker) : NULL;
     for (size_t i = task * job->rows_per_task; i < end; i++)
-        job->row(job, i);
+        job->row(job, i, room);
 }
 
 static enum mg_status run_rows(struct rows *job)
 {
     job->kernels = mg_kernels();
     job->rows_per_task = mg_max(1, ROW_FLOATS / mg_max(job->n, 1));
-    mg_run(some_rows, job, (job->m + job->rows_per_task - 1) / job->rows_per_task, MG_MAX_THREADS);
+    size_t n_tasks = (job->m + job->rows_per_task - 1) / job->rows_per_task;
+    mg_run(some_rows, job, n_tasks, job->scratch.data != NULL ? job->scratch.n_workers : MG_MAX_THREADS);
     return MG_OK;
 }
 
-static void quantize_one(const struct rows *job, size_t i)
+static void quantize_one(const struct rows *job, size_t i, float *room)
 {
-    job->out[i] = job->kernels->quantize_row(job->q + i * job->n, job->x + i * job->n, job->n);
+    (void)room;
+    job->scale[i] = job->kernels->quantize_row(job->q + i * job->n, job->x.x + i * job->n, job->n);
 }
 
 enum mg_status mg_quantize_rows(int8_t *q, float *scale, const float *x, size_t m, size_t k)
 {
-    struct rows job = {.row = quantize_one, .out = scale, .q = q, .x = x, .m = m, .n = k};
+    struct rows job = {.row = quantize_one, .scale = scale, .q = q, .x = {.x = x}, .m = m, .n = k};
     return run_rows(&job);
 }
 
-static void layer_norm_one(const struct rows *job, size_t i)
+static void layer_norm_one(const struct rows *job, size_t i, float *room)
 {
-    job->kernels->layer_norm_row(job->out + i * job->n, job->x + i * job->n, job->weight, job->bias, job->eps, job->n);
+    size_t at = i * job->n;
+    (void)room;
+    job->kernels->layer_norm_row(job->out.x + at, job->x.x + at, job->weight, job->bias, job->eps, job->n);
 }
 
 enum mg_status mg_layer_norm(float *out, const float *x, const float *weight, const float *bias, float eps,
                              size_t m, size_t n)
 {
-    struct rows job = {.row = layer_norm_one, .out = out, .x = x, .weight = weight, .bias = bias, .eps = eps,
-                       .m = m, .n = n};
+    struct rows job = {.row = layer_norm_one, .out = {.x = out}, .x = {.x = x}, .weight = weight, .bias = bias,
+                       .eps = eps, .m = m, .n = n};
     return run_rows(&job);
 }
 
-static void finish_one(const struct rows *job, size_t i)
+/* By way of floats in the room. */
+static void layer_norm_static_one(const struct rows *job, size_t i, float *room)
 {
     size_t at = i * job->n;
-    job->kernels->finish(job->out + at, job->x + at, job->bias, job->residual != NULL ? job->residual + at : NULL,
-                         job->gelu, job->n);
+    struct mg_finish in = {.out = {.x = room}, .x = mg_source_at(job->x, at)};
+    struct mg_finish out = {.out = mg_target_at(job->out, at), .x = {.x = room}};
+    job->kernels->finish(&in, job->n);
+    job->kernels->layer_norm_row(room, room, job->weight, job->bias, job->eps, job->n);
+    job->kernels->finish(&out, job->n);
+}
+
+enum mg_status mg_layer_norm_static(const struct mg_tensor *out, const struct mg_tensor *x, const float *weight,
+                                    const float *bias, float eps, size_t m, size_t n)
+{
+    struct rows job = {.row = layer_norm_static_one, .out = mg_target_of(out), .x = mg_source_of(x), .weight = weight,
+                       .bias = bias, .eps = eps, .m = m, .n = n};
+    if (!mg_is_grid(out) || !mg_is_grid(x))
+        return MG_BAD_VALUE;
+    if (!mg_get_scratch(&job.scratch, n * sizeof(float), m))
+        return MG_NO_MEMORY;
+    enum mg_status status = run_rows(&job);
+    free(job.scratch.data);
+    return status;
+}
+
+static void finish_one(const struct rows *job, size_t i, float *room)
+{
+    size_t at = i * job->n;
+    struct mg_finish f = {.out = mg_target_at(job->out, at), .x = mg_source_at(job->x, at), .bias = job->bias,
+                          .residual = mg_source_at(job->residual, at), .gelu = job->gelu};
+    (void)room;
+    job->kernels->finish(&f, job->n);
 }
 
 enum mg_status mg_finish(float *out, const float *x, const float *bias, const float *residual, int gelu,
                          size_t m, size_t n)
 {
-    struct rows job = {.row = finish_one, .out = out, .x = x, .bias = bias, .residual = residual, .gelu = gelu,
-                       .m = m, .n = n};
+    struct rows job = {.row = finish_one, .out = {.x = out}, .x = {.x = x}, .bias = bias, .residual = {.x = residual},
+                       .gelu = gelu, .m = m, .n = n};
     return run_rows(&job);
+}
+
+static void expand_one(const struct rows *job, size_t i, float *room)
+{
+    struct mg_finish f = {.out = mg_target_at(job->out, i * job->n), .x = mg_source_at(job->x, i * job->n)};
+    (void)room;
+    f.x.scale = job->weight[i];
+    job->kernels->finish(&f, job->n);
+}
+
+enum mg_status mg_expand(float *out, const int8_t *q, const float *scale, size_t m, size_t n)
+{
+    struct rows job = {.row = expand_one, .out = {.x = out}, .x = {.q = q}, .weight = scale, .m = m, .n = n};
+    return run_rows(&job);
+}
+
+/* ROW_FLOATS numbers, or what is left of them. */
+static void add_some(void *context, size_t task, size_t worker)
+{
+    const struct rows *job = context;
+    size_t at = task * ROW_FLOATS;
+    struct mg_finish f = {.out = mg_target_at(job->out, at), .x = mg_source_at(job->x, at),
+                          .residual = mg_source_at(job->residual, at)};
+    (void)worker;
+    job->kernels->finish(&f, mg_min(ROW_FLOATS, job->n - at));
+}
+
+enum mg_status mg_add_static(const struct mg_tensor *out, const struct mg_tensor *x, const struct mg_tensor *y, size_t n)
+{
+    struct rows job = {.kernels = mg_kernels(), .out = mg_target_of(out), .x = mg_source_of(x), .n = n};
+    if (y != NULL)
+        job.residual = mg_source_of(y);
+    if (!mg_is_grid(out) || !mg_is_grid(x) || (y != NULL && !mg_is_grid(y)))
+        return MG_BAD_VALUE;
+    mg_run(add_some, &job, (n + ROW_FLOATS - 1) / ROW_FLOATS, MG_MAX_THREADS);
+    return MG_OK;
 }

@@ -10,6 +10,8 @@
 
 #define MG_MAX_THREADS 256
 #define MG_MAX_K 131072         /* 131072 * 128 * 127 < 2^31 */
+#define MG_MAX_STATIC_K 65536   /* 65536 * 255 * 127 < 2^31 */
+#define MG_MAX_ATTENTION 32768  /* 2 * 32768 * 255 * 128 < 2^31: differences of scores */
 #define MG_PANEL 64             /* columns of a weight panel */
 #define MG_KEYS 64              /* keys that attention takes at a time */
 #define MG_LOWEST -1e30f        /* before the first maximum */
@@ -68,6 +70,55 @@ struct mg_attention_range {
     size_t k_row, v_row, first_key, end_key, n_query, n_head, d;
 };
 
+/* A row of numbers: of x, q and acc one is not NULL.  x stands for itself, the others for scale * (number - zero). */
+struct mg_source {
+    const float *x;
+    const int8_t *q;
+    const int32_t *acc;
+    float scale;
+    int32_t zero;
+};
+
+/* Where a row of floats goes: to x, or if q is not NULL to clip(rint(float * inverse) + zero, -128, 127), ties to even;
+   NaN becomes -128. */
+struct mg_target {
+    float *x;
+    int8_t *q;
+    float inverse;
+    int32_t zero;
+};
+
+/* A row of an epilogue: out = [gelu](x + bias) + residual.  factor, bias and residual may be missing: all NULL.  factor[i]
+   multiplies the scale of x, whose numbers are then integers. */
+struct mg_finish {
+    struct mg_target out;
+    struct mg_source x, residual;
+    const float *factor, *bias;
+    int gelu;
+};
+
+/* Kernels of attention in int8, see staticattention.c.  Sums of up to MG_MAX_ATTENTION products, exact. */
+struct mg_int8_attention {
+    /* For more queries than this that share their keys, products are made of packed panels. */
+    size_t few_queries;
+
+    /* dot_panel for a in uint8 and weights that may be -128; a (rows,k) with rows k rounded up to 4 apart. */
+    void (*dot_bytes)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows, size_t k);
+
+    /* scores[j] = sum_i (q[i] - zero) * k[j][i] for n keys; scores has room for n rounded up to MG_PANEL. */
+    void (*score_keys)(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
+                       size_t d);
+
+    /* p[j] = rint(255 * softmax(unit * scores)[j]) for n scores, of which MG_PANEL at a time are dense, `stride` apart; -> the
+       sum of p.  scores are overwritten. */
+    uint32_t (*weigh)(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
+
+    /* acc[i] = sum_j p[j] * v[j][i] for n values; p is 0 from n up to the next multiple of 4, acc has room for d rounded up to
+       MG_PANEL. */
+    void (*sum_values)(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d);
+};
+extern const struct mg_int8_attention mg_portable_int8;
+
 /* Kernels of training, rows.h: work on rows, or elements, first .. end-1 of a job, with scratch memory. */
 typedef void (*mg_row_kernel)(const void *job, size_t first, size_t end, void *room);
 struct mg_rows {
@@ -80,17 +131,15 @@ extern const struct mg_rows mg_portable_rows;
 struct mg_kernels {
     const char *name;
 
-    /* Integer product.  pack_rows copies rows of a (rows,k), one after the other, in the form that dot_panel reads, k
-       rounded up to 4.  dot_panel makes acc (rows, MG_PANEL) of rows <= max_rows of them and one packed panel with its
-       column sums. */
+    /* Integer product.  pack_rows copies rows of a (rows,k), one after the other, in the form that dot_panel reads: plus
+       offset, k rounded up to 4.  dot_panel makes acc (rows, MG_PANEL) = start + (a + offset) w^T of rows <= max_rows
+       of them and one packed panel; start (MG_PANEL) takes what the offset adds away again. */
     size_t max_rows;
+    int32_t offset;
     void (*pack_rows)(int8_t *packed, const int8_t *a, size_t rows, size_t k);
-    void (*dot_panel)(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *sums, size_t rows, size_t k);
+    void (*dot_panel)(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *start, size_t rows, size_t k);
 
-    /* One row of the epilogue, from integers or from floats; see mg_linear_int8 and mg_finish. */
-    void (*finish_int)(float *out, const int32_t *acc, float a_scale, const float *w_scale, const float *bias,
-                       const float *residual, int gelu, size_t n);
-    void (*finish)(float *out, const float *x, const float *bias, const float *residual, int gelu, size_t n);
+    void (*finish)(const struct mg_finish *f, size_t n);
 
     float (*quantize_row)(int8_t *q, const float *x, size_t n);     /* -> scale */
     void (*layer_norm_row)(float *out, const float *x, const float *weight, const float *bias, float eps, size_t n);
@@ -107,6 +156,7 @@ struct mg_kernels {
     void (*attend_backward)(const struct mg_attention_head *head, float *scratch);
 
     const struct mg_rows *rows;
+    const struct mg_int8_attention *int8;
 };
 
 extern const struct mg_kernels mg_portable;
@@ -115,6 +165,8 @@ extern const struct mg_kernels mg_avx2;
 extern const struct mg_kernels mg_avx512vnni;
 extern const struct mg_rows mg_avx2_rows;
 extern const struct mg_rows mg_avx512_rows;
+extern const struct mg_int8_attention mg_avx2_int8;
+extern const struct mg_int8_attention mg_avx512_int8;
 size_t mg_avx2_attend_floats(size_t d);
 void mg_avx2_attend(const struct mg_attention_block *block, float *scratch);
 void mg_avx2_attend_range(const struct mg_attention_range *range);
@@ -172,6 +224,34 @@ MG_INLINE void *mg_scratch_of(const struct mg_scratch *scratch, size_t worker)
 
 /* ln(sum * 2^top), top a score as a base-2 logarithm */
 MG_INLINE float mg_lse(float top, float sum) { return (float)(MG_LN_2 * (double)top) + logf(sum); }
+
+/* The row that begins `at` numbers further. */
+MG_INLINE struct mg_target mg_target_at(struct mg_target t, size_t at)
+{
+    t.x = t.x != NULL ? t.x + at : NULL;
+    t.q = t.q != NULL ? t.q + at : NULL;
+    return t;
+}
+
+MG_INLINE struct mg_source mg_source_at(struct mg_source s, size_t at)
+{
+    s.x = s.x != NULL ? s.x + at : NULL;
+    s.q = s.q != NULL ? s.q + at : NULL;
+    s.acc = s.acc != NULL ? s.acc + at : NULL;
+    return s;
+}
+
+MG_INLINE struct mg_target mg_target_of(const struct mg_tensor *t)
+{
+    return (struct mg_target){t->x, t->q, 1.0f / t->scale, t->zero};
+}
+
+MG_INLINE struct mg_source mg_source_of(const struct mg_tensor *t)
+{
+    return (struct mg_source){t->x, t->q, NULL, t->scale, t->zero};
+}
+
+MG_INLINE int mg_is_grid(const struct mg_tensor *t) { return t->scale > 0.0f && t->zero >= -128 && t->zero <= 127; }
 
 MG_INLINE size_t mg_round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 MG_INLINE size_t mg_min(size_t a, size_t b) { return a < b ? a : b; }

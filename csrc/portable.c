@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#define ROUND 12582912.0f       /* 1.5 * 2^23: adding it rounds to an integer, half to even */
 enum { ROWS = 4, LANES = 16, VECTORS = 4 };      /* queries of attention; in vectors */
 typedef float vec __attribute__((vector_size(16)));
 typedef int8_t bytes __attribute__((vector_size(8)));
@@ -38,9 +39,9 @@ MG_INLINE shorts twice(const int8_t *row)
     return widened(&eight);
 }
 
-/* sum[j] = sum_k a[k] * panel[k][j].  Two products fit 16 bits (w is never -128); pairs of them are added in 32 bits, two
+/* sum[j] = start[j] + sum_k a[k] * panel[k][j].  Two products fit 16 bits (w is never -128); pairs of them are added in 32 bits, two
    sums for each column, which are added at the end. */
-static void dot_row(int32_t *sum, const int8_t *row, const int8_t *panel, size_t k4)
+static void dot_row(int32_t *sum, const int8_t *row, const int8_t *panel, const int32_t *start, size_t k4)
 {
     enum { COLUMNS = 16, SUMS = COLUMNS / 2 };
     for (size_t column = 0; column < MG_PANEL; column += COLUMNS) {
@@ -58,17 +59,15 @@ static void dot_row(int32_t *sum, const int8_t *row, const int8_t *panel, size_t
         }
         memcpy(halves, c, sizeof c);
         for (size_t j = 0; j < COLUMNS; j++)
-            sum[column + j] = halves[2 * j] + halves[2 * j + 1];
+            sum[column + j] = start[column + j] + halves[2 * j] + halves[2 * j + 1];
     }
 }
 
-/* a is not offset here, so that the sums of the columns are not needed. */
-static void dot_panel(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *sums, size_t rows, size_t k)
+static void dot_panel(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *start, size_t rows, size_t k)
 {
     size_t k4 = mg_round_up(k, 4);
-    (void)sums;
     for (size_t r = 0; r < rows; r++)
-        dot_row(acc + r * MG_PANEL, a + r * k4, panel, k4);
+        dot_row(acc + r * MG_PANEL, a + r * k4, panel, start, k4);
 }
 
 static inline float gelu_of(float x)
@@ -85,32 +84,62 @@ static inline float gelu_of(float x)
     return (x > 0.0f ? x : 0.0f) - 0.5f * a * r;
 }
 
-static void finish(float *out, const float *x, const float *bias, const float *residual, int gelu, size_t n)
+static void read_numbers(float *x, const struct mg_source *s, const float *factor, size_t n)
 {
+    if (s->x != NULL)
+        memcpy(x, s->x, n * sizeof *x);
+    else if (s->q != NULL)
+        for (size_t i = 0; i < n; i++)
+            x[i] = (float)(s->q[i] - s->zero) * (factor != NULL ? s->scale * factor[i] : s->scale);
+    else
+        for (size_t i = 0; i < n; i++)
+            x[i] = (float)(s->acc[i] - s->zero) * (factor != NULL ? s->scale * factor[i] : s->scale);
+}
+
+static void write_numbers(const struct mg_target *t, const float *x, size_t n)
+{
+    const float low = (float)(-128 - t->zero), high = (float)(127 - t->zero), zero = (float)t->zero;
+    if (t->q == NULL) {
+        memcpy(t->x, x, n * sizeof *x);
+        return;
+    }
     for (size_t i = 0; i < n; i++) {
-        float y = x[i];
-        if (bias != NULL)
-            y += bias[i];
-        if (gelu)
-            y = gelu_of(y);
-        if (residual != NULL)
-            y += residual[i];
-        out[i] = y;
+        float steps = x[i] * t->inverse;
+        steps = steps > low ? steps : low;      /* NaN too */
+        steps = steps < high ? steps : high;
+        t->q[i] = (int8_t)(steps + ROUND - ROUND + zero);
     }
 }
 
-static void finish_int(float *out, const int32_t *acc, float a_scale, const float *w_scale, const float *bias,
-                       const float *residual, int gelu, size_t n)
+static void finish_some(const struct mg_finish *f, size_t n)
 {
-    float x[MG_PANEL];
-    for (size_t i = 0; i < n; i++)
-        x[i] = (float)acc[i] * (a_scale * w_scale[i]);
-    finish(out, x, bias, residual, gelu, n);
+    float x[MG_PANEL], residual[MG_PANEL];
+    read_numbers(x, &f->x, f->factor, n);
+    for (size_t i = 0; f->bias != NULL && i < n; i++)
+        x[i] += f->bias[i];
+    for (size_t i = 0; f->gelu && i < n; i++)
+        x[i] = gelu_of(x[i]);
+    if (f->residual.x != NULL || f->residual.q != NULL) {
+        read_numbers(residual, &f->residual, NULL, n);
+        for (size_t i = 0; i < n; i++)
+            x[i] += residual[i];
+    }
+    write_numbers(&f->out, x, n);
+}
+
+static void finish(const struct mg_finish *f, size_t n)
+{
+    for (size_t i = 0; i < n; i += MG_PANEL) {
+        struct mg_finish some = {
+            .out = mg_target_at(f->out, i), .x = mg_source_at(f->x, i), .residual = mg_source_at(f->residual, i),
+            .factor = f->factor != NULL ? f->factor + i : NULL, .bias = f->bias != NULL ? f->bias + i : NULL,
+            .gelu = f->gelu};
+        finish_some(&some, mg_min(MG_PANEL, n - i));
+    }
 }
 
 static float quantize_row(int8_t *q, const float *x, size_t n)
 {
-    const float shift = 12582912.0f;    /* 1.5 * 2^23: adding it rounds to an integer, half to even */
     float top = 0.0f;
     for (size_t i = 0; i < n; i++)
         top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
@@ -120,7 +149,7 @@ static float quantize_row(int8_t *q, const float *x, size_t n)
     }
     float inverse = 127.0f / top;
     for (size_t i = 0; i < n; i++)
-        q[i] = (int8_t)(x[i] * inverse + shift - shift);
+        q[i] = (int8_t)(x[i] * inverse + ROUND - ROUND);
     return top / 127.0f;
 }
 
@@ -329,7 +358,6 @@ const struct mg_kernels mg_portable = {
     .max_rows = ROWS,
     .pack_rows = pack_rows,
     .dot_panel = dot_panel,
-    .finish_int = finish_int,
     .finish = finish,
     .quantize_row = quantize_row,
     .layer_norm_row = layer_norm_row,
@@ -341,4 +369,5 @@ const struct mg_kernels mg_portable = {
     .attend_backward_floats = attend_backward_floats,
     .attend_backward = attend_backward,
     .rows = &mg_portable_rows,
+    .int8 = &mg_portable_int8,
 };

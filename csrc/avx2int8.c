@@ -1,0 +1,209 @@
+/* AVX2: attention in int8.  Products of bytes are made in 16 bits and added in pairs in 32 bits: exact for all bytes. */
+#if defined(__x86_64__)
+#include "kernels.h"
+
+#include <immintrin.h>
+#include <string.h>
+
+#define TARGET __attribute__((target("avx2,fma")))
+enum { ROWS = 4, LANES = 8 };
+
+/* ---- panels: many queries ---- */
+
+/* 8 columns at a time: a vector has 4 elements of 4 columns, its products 2 sums for each of them. */
+MG_INLINE TARGET void dot_rows(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t k4,
+                               const size_t rows)
+{
+    for (size_t column = 0; column < MG_PANEL; column += LANES) {
+        __m256i c[ROWS][2];
+        MG_UNROLL
+        for (size_t r = 0; r < rows; r++)
+            c[r][0] = c[r][1] = _mm256_setzero_si256();
+        for (size_t i = 0; i < k4; i += 4) {
+            const __m128i *w = (const __m128i *)(panel + i * MG_PANEL + 4 * column);
+            __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128(w)), high = _mm256_cvtepi8_epi16(_mm_loadu_si128(w + 1));
+            MG_UNROLL
+            for (size_t r = 0; r < rows; r++) {
+                int32_t four;
+                memcpy(&four, a + r * k4 + i, sizeof four);
+                __m256i x = _mm256_cvtepu8_epi16(_mm_set1_epi32(four));
+                c[r][0] = _mm256_add_epi32(c[r][0], _mm256_madd_epi16(x, low));
+                c[r][1] = _mm256_add_epi32(c[r][1], _mm256_madd_epi16(x, high));
+            }
+        }
+        __m256i from = _mm256_loadu_si256((const __m256i *)(start + column));
+        MG_UNROLL
+        for (size_t r = 0; r < rows; r++) {
+            __m256i sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c[r][0], c[r][1]), 0xd8);
+            _mm256_storeu_si256((__m256i *)(acc + r * MG_PANEL + column), _mm256_add_epi32(sums, from));
+        }
+    }
+}
+
+TARGET static void dot_bytes(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
+                             size_t k)
+{
+    size_t k4 = mg_round_up(k, 4);
+    switch (rows) {
+    case 1: dot_rows(acc, a, panel, start, k4, 1); break;
+    case 2: dot_rows(acc, a, panel, start, k4, 2); break;
+    case 3: dot_rows(acc, a, panel, start, k4, 3); break;
+    default: dot_rows(acc, a, panel, start, k4, ROWS); break;
+    }
+}
+
+/* ---- softmax ---- */
+
+MG_INLINE TARGET __m256i mask_of(size_t left)
+{
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(left < LANES ? (int)left : LANES), lane);
+}
+
+/* 2^x for x <= 0; 0 below -126 */
+MG_INLINE TARGET __m256 exp2_of(__m256 x)
+{
+    static const float c[] = {MG_EXP2_COEFFICIENTS};
+    __m256 lowest = _mm256_set1_ps(-126.0f), normal = _mm256_cmp_ps(x, lowest, _CMP_GT_OQ);
+    x = _mm256_max_ps(x, lowest);
+    __m256 n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 f = _mm256_sub_ps(x, n), p = _mm256_set1_ps(c[5]);
+    MG_UNROLL
+    for (int i = 4; i >= 0; i--)
+        p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(c[i]));
+    __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    return _mm256_and_ps(normal, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power)));
+}
+
+MG_INLINE TARGET int32_t *scores_at(int32_t *scores, size_t stride, size_t j)
+{
+    return scores + j / MG_PANEL * stride + j % MG_PANEL;
+}
+
+MG_INLINE TARGET __m256i read_scores(const int32_t *at) { return _mm256_loadu_si256((const __m256i *)at); }
+
+TARGET static int32_t largest(int32_t *scores, size_t stride, size_t n)
+{
+    int32_t lanes[LANES], top = scores[0];
+    __m256i tops = _mm256_set1_epi32(top);
+    for (size_t j = 0; j < n; j += LANES) {
+        __m256i x = read_scores(scores_at(scores, stride, j));
+        tops = _mm256_max_epi32(tops, _mm256_blendv_epi8(tops, x, mask_of(n - j)));
+    }
+    _mm256_storeu_si256((__m256i *)lanes, tops);
+    for (size_t l = 0; l < LANES; l++)
+        top = lanes[l] > top ? lanes[l] : top;
+    return top;
+}
+
+/* Scores become exponentials, floats in the integers' places; -> their sum */
+TARGET static float raise(int32_t *scores, size_t stride, size_t n, int32_t top, float unit)
+{
+    __m256 sums = _mm256_setzero_ps();
+    float lanes[LANES], sum = 0.0f;
+    for (size_t j = 0; j < n; j += LANES) {
+        int32_t *at = scores_at(scores, stride, j);
+        __m256i below = _mm256_and_si256(_mm256_sub_epi32(read_scores(at), _mm256_set1_epi32(top)), mask_of(n - j));
+        __m256 e = exp2_of(_mm256_mul_ps(_mm256_cvtepi32_ps(below), _mm256_set1_ps(unit)));
+        e = _mm256_and_ps(e, _mm256_castsi256_ps(mask_of(n - j)));
+        sums = _mm256_add_ps(sums, e);
+        _mm256_storeu_si256((__m256i *)at, _mm256_castps_si256(e));
+    }
+    _mm256_storeu_ps(lanes, sums);
+    for (size_t l = 0; l < LANES; l++)
+        sum += lanes[l];
+    return sum;
+}
+
+TARGET static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
+{
+    float sum = raise(scores, stride, n, largest(scores, stride, n), unit);
+    __m256 scale = _mm256_set1_ps(255.0f / sum);
+    __m256i totals = _mm256_setzero_si256();
+    uint32_t lanes[LANES], total = 0;
+    for (size_t j = 0; j < n; j += LANES) {
+        __m256 e = _mm256_castsi256_ps(read_scores(scores_at(scores, stride, j)));
+        __m256i x = _mm256_cvtps_epi32(_mm256_mul_ps(e, scale));
+        totals = _mm256_add_epi32(totals, x);
+        __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+        __m128i eight = _mm_packus_epi16(half, half);
+        if (n - j >= LANES)
+            _mm_storel_epi64((__m128i *)(p + j), eight);
+        else
+            memcpy(p + j, &eight, n - j);
+    }
+    _mm256_storeu_si256((__m256i *)lanes, totals);
+    for (size_t l = 0; l < LANES; l++)
+        total += lanes[l];
+    return total;
+}
+
+/* ---- rows: few queries ---- */
+
+/* Up to 16 bytes as 16 bits, zeros beyond. */
+MG_INLINE TARGET __m256i widened(const int8_t *x, size_t left)
+{
+    __m128i bytes = _mm_setzero_si128();
+    if (left >= 16)
+        bytes = _mm_loadu_si128((const __m128i *)x);
+    else
+        memcpy(&bytes, x, left);
+    return _mm256_cvtepi8_epi16(bytes);
+}
+
+/* The sums of 8 vectors, in a vector. */
+MG_INLINE TARGET __m256i sums_of(const __m256i *c)
+{
+    __m256i low = _mm256_hadd_epi32(_mm256_hadd_epi32(c[0], c[1]), _mm256_hadd_epi32(c[2], c[3]));
+    __m256i high = _mm256_hadd_epi32(_mm256_hadd_epi32(c[4], c[5]), _mm256_hadd_epi32(c[6], c[7]));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+}
+
+TARGET static void score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
+                              size_t d)
+{
+    for (size_t j = 0; j < n; j += LANES) {
+        __m256i c[LANES];
+        MG_UNROLL
+        for (size_t r = 0; r < LANES; r++)
+            c[r] = _mm256_setzero_si256();
+        for (size_t i = 0; i < d; i += 16) {
+            const int8_t *key = k + j * k_row + i;
+            __m256i x = _mm256_sub_epi16(widened(q + i, d - i), _mm256_set1_epi16((short)zero));
+            MG_UNROLL
+            for (size_t r = 0; r < LANES; r++) {
+                c[r] = _mm256_add_epi32(c[r], _mm256_madd_epi16(x, widened(key, d - i)));
+                key += j + r + 1 < n ? k_row : 0;       /* beyond the last key stand copies of it */
+            }
+        }
+        _mm256_storeu_si256((__m256i *)(scores + j), sums_of(c));
+    }
+}
+
+/* Two values at a time, 16 of their elements; most weights are zero. */
+TARGET static void sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d)
+{
+    for (size_t i = 0; i < d; i += 16) {
+        __m256i low = _mm256_setzero_si256(), high = low;
+        for (size_t j = 0; j < n; j += 2) {
+            if ((p[j] | p[j + 1]) == 0)
+                continue;
+            const int8_t *at = v + j * v_row + i;
+            __m256i a = widened(at, d - i), b = widened(at + (j + 1 < n ? v_row : 0), d - i);
+            __m256i pair = _mm256_set1_epi32((int32_t)((uint32_t)p[j + 1] << 16 | p[j]));
+            low = _mm256_add_epi32(low, _mm256_madd_epi16(pair, _mm256_unpacklo_epi16(a, b)));
+            high = _mm256_add_epi32(high, _mm256_madd_epi16(pair, _mm256_unpackhi_epi16(a, b)));
+        }
+        _mm256_storeu_si256((__m256i *)(acc + i), _mm256_permute2x128_si256(low, high, 0x20));
+        _mm256_storeu_si256((__m256i *)(acc + i + LANES), _mm256_permute2x128_si256(low, high, 0x31));
+    }
+}
+
+const struct mg_int8_attention mg_avx2_int8 = {
+    .few_queries = 6,
+    .dot_bytes = dot_bytes,
+    .score_keys = score_keys,
+    .weigh = weigh,
+    .sum_values = sum_values,
+};
+#endif

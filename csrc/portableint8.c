@@ -1,0 +1,70 @@
+/* Plain C: attention in int8, the specification of the other instruction sets.  Keys and values are read where they are;
+   compilers make vectors of 16 bits and 32 bits of the products. */
+#include "lanes.h"
+
+static void score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n, size_t d)
+{
+    for (size_t j = 0; j < n; j++, k += k_row) {
+        int32_t score = 0;
+        for (size_t i = 0; i < d; i++)
+            score += (int16_t)(q[i] - zero) * (int16_t)k[i];
+        scores[j] = score;
+    }
+}
+
+static int32_t largest(const int32_t *scores, size_t stride, size_t n)
+{
+    int32_t top = scores[0];
+    for (size_t j = 0; j < n; j++) {
+        int32_t score = scores[j / MG_PANEL * stride + j % MG_PANEL];
+        top = score > top ? score : top;
+    }
+    return top;
+}
+
+/* Scores become exponentials, floats in the integers' places. */
+static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
+{
+    const float shift = 12582912.0f;    /* 1.5 * 2^23: adding it rounds to an integer, half to even */
+    int32_t top = largest(scores, stride, n);
+    float lanes[MG_LANES] = {0}, e[MG_PANEL];
+    uint32_t total = 0;
+    for (size_t j = 0; j < n; j += MG_PANEL) {
+        int32_t *some = scores + j / MG_PANEL * stride;
+        size_t size = mg_min(MG_PANEL, n - j);
+        memset(e, 0, sizeof e);
+        for (size_t i = 0; i < size; i++)
+            e[i] = mg_exp2((float)(some[i] - top) * unit);
+        for (size_t i = 0; i < MG_PANEL; i++)
+            lanes[i % MG_LANES] += e[i];
+        memcpy(some, e, size * sizeof *e);
+    }
+    float scale = 255.0f / mg_total(lanes);
+    for (size_t j = 0; j < n; j += MG_PANEL) {
+        size_t size = mg_min(MG_PANEL, n - j);
+        memcpy(e, scores + j / MG_PANEL * stride, size * sizeof *e);
+        for (size_t i = 0; i < size; i++) {
+            p[j + i] = (uint8_t)(e[i] * scale + shift - shift);
+            total += p[j + i];
+        }
+    }
+    return total;
+}
+
+static void sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d)
+{
+    memset(acc, 0, d * sizeof *acc);
+    for (size_t j = 0; j < n; j++) {
+        const int8_t *value = v + j * v_row;
+        int16_t weight = p[j];
+        for (size_t i = 0; weight != 0 && i < d; i++)
+            acc[i] += (int16_t)(weight * value[i]);     /* 255 * 128 < 2^15 */
+    }
+}
+
+const struct mg_int8_attention mg_portable_int8 = {
+    .few_queries = SIZE_MAX,
+    .score_keys = score_keys,
+    .weigh = weigh,
+    .sum_values = sum_values,
+};
