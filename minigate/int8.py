@@ -1,8 +1,8 @@
-"""The coarse operators of `model.py` in integers.
+"""The coarse operators of `model.py` on int8 weights, w ≈ scale * q with a scale per channel or per tensor.
 
-`Dynamic` is the scheme `w8a8-dynamic`: weights symmetric int8 with a scale per channel (or per tensor), activations
-symmetric int8 with a scale per row, found at run time; products exact in int32. Attention, layer norm and GELU are
-float32. x ≈ scale * q throughout.
+`Dynamic` is the scheme `w8a8-dynamic`: activations symmetric int8 with a scale per row, found at run time; products
+exact in int32. Attention, layer norm and GELU are float32. `WeightOnly` is the scheme `w8`: activations float32,
+weights expanded to float32 tile by tile. `w8a8-static` is in static.py.
 
 B batch, T time, K inputs, N outputs, M = B T rows.
 """
@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minigate import kernels, ops
+from minigate import kernels, ops, static_kernels
+
+TILE = 128 * 1024  # weights that are in memory as float32 at a time, 512 kB
 
 
 class Rows(NamedTuple):
@@ -27,12 +29,12 @@ class Weight(NamedTuple):
     """A linear's weights: q (N, K) as stored and as packed for the kernel, scale (N,) float32."""
 
     q: np.ndarray
-    packed: kernels.PackedInt8
+    packed: kernels.PackedInt8 | None
     scale: np.ndarray
 
 
-class Dynamic(ops.Float):
-    """Everything that is int8 in the model file is computed in int8, what is float stays float."""
+class Int8Weights(ops.Float):
+    """What is int8 in the model file is a Weight, what is float stays float."""
 
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
         self.scales = {name.removesuffix(".scale"): array for name, array in tensors.items() if name.endswith(".scale")}
@@ -43,13 +45,21 @@ class Dynamic(ops.Float):
             return super().prepare(name, array)
         q = ops.conv_matrix(array) if array.ndim == 3 else array
         scale = np.array(np.broadcast_to(self.scales[name.removesuffix(".weight")], q.shape[:1]), np.float32)
-        return Weight(q, kernels.pack_int8(q), scale)
+        return Weight(q, self.packed(q), scale)
+
+    def packed(self, q: np.ndarray) -> kernels.PackedInt8 | None:
+        """q (N, K) -> the form for integer products, if there are any."""
+        return kernels.pack_int8(q)
 
     def token_rows(self, tokens: np.ndarray) -> np.ndarray:
         table = self.p["decoder.token_embedding.weight"]
         if not isinstance(table, Weight):
             return table[tokens]
         return table.q[tokens] * table.scale[tokens][..., None]
+
+
+class Dynamic(Int8Weights):
+    """Everything that is int8 in the model file is computed in int8."""
 
     def norm(self, name: str, x: np.ndarray) -> Rows:
         return self.rows(super().norm(name, x))
@@ -71,3 +81,22 @@ class Dynamic(ops.Float):
 
     def attention(self, name: str, q, k, v, h: Rows, n_head: int, causal: bool) -> np.ndarray:
         return super().attention(name, q, k, v, h.x, n_head, causal)
+
+
+class WeightOnly(Int8Weights):
+    """Everything is computed in float32."""
+
+    def packed(self, q: np.ndarray) -> None:
+        return None
+
+    def linear(self, name: str, x: np.ndarray, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
+        w, bias = self.p[f"{name}.weight"], self.p.get(f"{name}.bias")
+        if not isinstance(w, Weight):
+            return super().linear(name, x, gelu, residual)
+        (n, k), y = w.q.shape, np.empty((*x.shape[:-1], len(w.q)), np.float32)
+        size = max(1, TILE // k)
+        for tile in (slice(at, at + size) for at in range(0, n, size)):
+            expanded = static_kernels.expand(w.q[tile], w.scale[tile])
+            part = None if residual is None else residual[..., tile]
+            y[..., tile] = kernels.linear_f32(x, expanded, None if bias is None else bias[tile], gelu, part)
+        return y

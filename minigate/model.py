@@ -1,8 +1,8 @@
 """Whisper's encoder and decoder: log-mel in, logits out. The network is written here once, for every arithmetic.
 
 `encoder` and `decoder` are lists of calls to a small set of coarse operators (`ops`), which know the parameters by
-name and decide in which numbers to compute: `ops.Float` in float32, `int8.Dynamic` in integers. Activations are
-opaque here: what one operator returns is only ever given to another.
+name and decide in which numbers to compute: `ops.Float` in float32, the others (OPERATORS) on int8 weights. Activations
+are opaque here: what one operator returns is only ever given to another.
 
 B batch (rows), T time, D n_state, V n_vocab. Time is the second axis throughout: x (B, T, D).
 """
@@ -16,10 +16,12 @@ import numpy as np
 from minigate import checkpoint, int8, kernels
 from minigate.errors import FileError
 from minigate.ops import Float
+from minigate.static import Static
 from minigate.tokenizer import Tokenizer, unpack_vocabulary
 
 DEFAULT_MODEL = "tiny.en-w8a8-dynamic"
 FIRST_MULTILINGUAL_VOCAB = 51865
+OPERATORS = {None: Float, "w8a8-dynamic": int8.Dynamic, "w8a8-static": Static, "w8": int8.WeightOnly}  # by scheme
 FOREIGN = (".pt", ".bin")  # models in other layouts, which convert reads
 
 
@@ -237,7 +239,8 @@ class Model:
         self.metadata = metadata
         self.name = name
         self.dims = Dims(**metadata["dims"])
-        self.ops = (int8.Dynamic if metadata.get("quantization") else Float)(metadata, tensors)
+        scheme = (metadata.get("quantization") or {}).get("scheme")
+        self.ops = OPERATORS[scheme](metadata, tensors)
         self._vocabulary = np.asarray(tensors["tokenizer.vocabulary"])
 
     @cached_property

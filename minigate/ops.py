@@ -15,10 +15,10 @@ from minigate.attention import gate, gate_shapes
 CONV_WIDTH = 3  # both convolutions of the stem
 
 
-def conv_rows(x: np.ndarray, stride: int) -> np.ndarray:
-    """x (B, T, C), padded by one frame on either side -> (B, ceil(T / stride), 3 C), a row for each output frame."""
+def conv_rows(x: np.ndarray, stride: int, padding: int = 0) -> np.ndarray:
+    """x (B, T, C), a frame of padding on either side -> (B, ceil(T / stride), 3 C), a row for each output frame."""
     b, t, c = x.shape
-    padded = np.zeros((b, t + CONV_WIDTH - 1, c), x.dtype)
+    padded = np.full((b, t + CONV_WIDTH - 1, c), padding, x.dtype)
     padded[:, 1:-1] = x
     windows = np.lib.stride_tricks.sliding_window_view(padded, CONV_WIDTH, axis=1)[:, ::stride]  # (B, T', C, 3)
     return windows.transpose(0, 1, 3, 2).reshape(b, windows.shape[1], CONV_WIDTH * c)
