@@ -24,11 +24,11 @@ import numpy as np
 
 from minigate import data, progress
 from minigate.decoding import decode
-from minigate.errors import FileError, UsageError
+from minigate.errors import FileError
 from minigate.manifest import read_manifest
 from minigate.mel import MelWindows
 from minigate.model import Model
-from minigate.options import DecodingOptions
+from minigate.options import Checks, DecodingOptions
 from minigate.quantsim import Observed
 from minigate.ranges import METHODS, Record, range_of
 
@@ -45,14 +45,11 @@ class CalibrationOptions:
     seed: int = 0  # chooses the recordings
 
     def __post_init__(self):
-        if self.ranges not in METHODS:
-            raise UsageError(f"ranges: expected {' or '.join(METHODS)}, got {self.ranges!r}")
-        if not 50 < self.percentile <= 100:
-            raise UsageError(f"percentile: expected a number above 50 and of at most 100, got {self.percentile!r}")
-        if self.batches < 1:
-            raise UsageError(f"batches: expected a whole number of at least 1, got {self.batches!r}")
-        if self.seed < 0:
-            raise UsageError(f"seed: expected a whole number of at least 0, got {self.seed!r}")
+        check = Checks(self)
+        check.choice("ranges", METHODS)
+        check.number("percentile", 50, 100, above=True)
+        check.whole("batches", 1)
+        check.whole("seed", 0)
 
 
 class Speech:
@@ -131,9 +128,9 @@ def with_operators(model: Model, operators) -> Model:
     return other
 
 
-def greedy_tokens(model: Model, xa: np.ndarray) -> np.ndarray:
+def greedy_tokens(model: Model, xa: np.ndarray, language: str | None = None) -> np.ndarray:
     """xa (1, T, D) -> what the decoder hears while transcribing it, (1, n): the opening and the text found."""
-    [found] = decode(model, xa, DecodingOptions())
+    [found] = decode(model, xa, DecodingOptions(language=language))
     opening = model.tokenizer.sot_sequence(found.language, "transcribe", timestamps=True)
     return np.array([[*opening, *found.tokens][: model.dims.n_text_ctx]])
 

@@ -103,10 +103,15 @@ def expected_tensors(metadata: Mapping) -> dict[str, tuple[tuple[int, ...], str]
                 shape = expected[f"{layer}.weight"][0]
                 expected[f"{layer}.weight"] = shape, "int8"
                 expected[f"{layer}.scale"] = shape[:1] if quantization["weights"] == "per-channel" else (), "float32"
-        for name, module in POSITIONS.items() if quantization["scheme"] == "w8a8-static" else ():
-            if module not in quantization["keep_float"]:
+        for name in POSITIONS if quantization["scheme"] == "w8a8-static" else ():
+            if module_of(name) not in quantization["keep_float"]:
                 expected[name], expected[scale_name(name)] = (expected[name][0], "int8"), ((), "float32")
     return expected
+
+
+def module_of(name: str) -> str:
+    """The module whose keep_float decides whether a tensor is int8: of `X.weight` X."""
+    return POSITIONS.get(name, name.removesuffix(".weight"))
 
 
 def scale_name(name: str) -> str:

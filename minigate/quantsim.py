@@ -10,6 +10,7 @@ steps may be rounded the other way; otherwise the logits are those of the kernel
 B batch, T time, D n_state, K inputs, H n_head, d = D / H.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 
@@ -132,7 +133,17 @@ class SimulatedWeights(ops.Float):
 
     def keep(self, metadata: Mapping) -> None:
         """What stays in float, by the metadata's quantization."""
+        self.metadata = metadata
         self.kept = set(metadata["quantization"]["keep_float"])
+        self.held_float = set()  # points
+
+    def keeping(self, modules: Iterable[str], plain: ops.Float) -> "SimulatedWeights":
+        """The same model with these modules in float, and no others: plain has their parameters."""
+        other = copy.copy(self)
+        quantization = {**self.metadata["quantization"], "keep_float": list(modules)}
+        other.keep({**self.metadata, "quantization": quantization})
+        other.p = {name: (plain if checkpoint.module_of(name) in other.kept else self).p[name] for name in self.p}
+        return other
 
 
 class SimulatedDynamic(SimulatedWeights):
