@@ -12,7 +12,8 @@ from pathlib import Path
 
 from minigate import checkpoint
 from minigate.errors import FileError, UsageError
-from minigate.quantize import quantize_dynamic, size_report
+from minigate.quantize import quantize_dynamic
+from minigate.quantizereport import size_report
 
 
 def main(argv: list[str] | None = None) -> int:
