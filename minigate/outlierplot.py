@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from minigate.errors import UsageError
-from minigate.histogram import Histogram
+from minigate.ranges import Record, central
 from minigate.report import write_whole
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -39,7 +39,7 @@ def check(path: str) -> None:
                          "pip install 'minigate[plot]' brings it") from None  # fmt: skip
 
 
-def draw(path: str, reports: Sequence[dict], histograms: Sequence[Mapping[str, Histogram]]) -> None:
+def draw(path: str, reports: Sequence[dict], records: Sequence[Mapping[str, Record]]) -> None:
     """Reports and histograms by tensor, of one model or of two, -> a file, whole or not at all. FileError."""
     from matplotlib.figure import Figure
 
@@ -54,7 +54,7 @@ def draw(path: str, reports: Sequence[dict], histograms: Sequence[Mapping[str, H
            "Kurtosis of each tensor: 3 for a normal distribution (dotted), thousands for a few huge values among small")
     figure.axes[1].axhline(NORMAL_KURTOSIS, color="grey", linestyle=":")
     for i, name in enumerate(worst(reports)):
-        _histogram(figure.add_subplot(grid[2 + i // 2, i % 2]), name, reports, [h.get(name) for h in histograms])
+        _histogram(figure.add_subplot(grid[2 + i // 2, i % 2]), name, reports, [r.get(name) for r in records])
     kind = Path(path).suffix[1:].lower()
     write_whole(path, lambda part: figure.savefig(part, format=kind, dpi=110))
 
@@ -117,18 +117,18 @@ def _name_highest(axes, top: Mapping[int, tuple[float, str]], shift: float, colo
                   fontsize=9, color=colour, ha="center" if above else "left")  # fmt: skip
 
 
-def _histogram(axes, name: str, reports: Sequence[dict], histograms: Sequence[Histogram | None]) -> None:
+def _histogram(axes, name: str, reports: Sequence[dict], records: Sequence[Record | None]) -> None:
     """One tensor's values in all models, on one grid of bins."""
-    there = [(r, h, colour) for r, h, colour in zip(reports, histograms, COLOURS, strict=False) if h]
-    low, high = min(h.lowest for _, h, _ in there), max(h.highest for _, h, _ in there)
+    there = [(r, record, colour) for r, record, colour in zip(reports, records, COLOURS, strict=False) if record]
+    ends = np.array([bounds(record) for _, record, _ in there])
+    low, high = ends[:, 0].min(), ends[:, 1].max()
     edges = np.linspace(low, high, BARS + 1) if high > low else np.array([low - 0.5, low + 0.5])
     lines = []
-    for r, h, colour in there:
-        share = rebinned(h, edges) / h.counts.sum()
-        axes.stairs(share, edges, fill=True, color=colour, alpha=0.45, label=r["name"])
-        axes.axvline(h.lowest, color=colour, linestyle="--", linewidth=1)
-        axes.axvline(h.highest, color=colour, linestyle="--", linewidth=1)
-        lines.append(f"{r['name']}: {caption(h)}")
+    for r, record, colour in there:
+        axes.stairs(share(record, edges), edges, fill=True, color=colour, alpha=0.45, label=r["name"])
+        for end in bounds(record):
+            axes.axvline(end, color=colour, linestyle="--", linewidth=1)
+        lines.append(f"{r['name']}: {caption(record)}")
     axes.set_yscale("log")
     axes.set_xlabel("value (dashed: the smallest and the largest, which int8 per tensor must reach)")
     axes.set_ylabel("share of the values (log)")
@@ -137,15 +137,27 @@ def _histogram(axes, name: str, reports: Sequence[dict], histograms: Sequence[Hi
     axes.legend(fontsize=9)
 
 
-def rebinned(h: Histogram, edges: np.ndarray) -> np.ndarray:
-    """Counts of h between the edges; values of a bin of h that an edge cuts are shared as if evenly spread."""
-    cumulative = np.concatenate([[0], np.cumsum(h.counts)])
-    return np.diff(np.interp(edges, h.edges(), cumulative))
+def bounds(record: Record) -> tuple[float, float]:
+    """The smallest and the largest value."""
+    return float(record.lows.min()), float(record.highs.max())
 
 
-def caption(h: Histogram) -> str:
+def share(record: Record, edges: np.ndarray) -> np.ndarray:
+    """edges (n + 1,) ascending -> share of the values between each two (n,); those of a bin of the record that an edge
+    cuts are taken for evenly spread in it."""
+    used = np.flatnonzero(record.counts).astype(np.uint32)
+    bins = np.stack([used << 16, (used + 1) << 16], axis=1).view(np.float32).astype(np.float64)  # from, to; (m, 2)
+    order = np.argsort(bins.sum(axis=1))
+    below = np.cumsum(record.counts[used][order])
+    steps = np.stack([np.concatenate([[0], below[:-1]]), below], axis=1)  # values below from and to
+    inside = np.interp(edges, np.sort(bins[order], axis=1).ravel(), steps.ravel())
+    return np.diff(inside) / below[-1]
+
+
+def caption(record: Record) -> str:
     """How many of int8's steps the bulk of the values has for itself."""
-    low, high = h.central(BULK)
-    step = (max(h.highest, 0.0) - min(h.lowest, 0.0)) / INT8_STEPS
-    steps = (high - low) / step if step else 0.0
+    low, high = bounds(record)
+    step = (max(high, 0.0) - min(low, 0.0)) / INT8_STEPS
+    first, last = central(record, (1 + BULK) / 2, low, high)
+    steps = (last - first) / step if step else 0.0
     return f"{100 * BULK:g} % of the values share {max(1, round(steps))} of int8's {INT8_STEPS} steps"

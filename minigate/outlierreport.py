@@ -14,20 +14,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minigate import decoding, kernels, outlierplot, progress
+from minigate import kernels, outlierplot, progress
 from minigate import model as network
 from minigate.attentionmass import AttentionMass
 from minigate.batches import AUDIO_CONTEXTS
+from minigate.calibrate import greedy_tokens
 from minigate.command import FAILED, check_stdout, memory_as_file_error, run_main, say, show
 from minigate.devset import spread
 from minigate.errors import FileError, UsageError
 from minigate.evaluate import versions
-from minigate.histogram import Histogram
 from minigate.manifest import Row, read_manifest
 from minigate.mel import MelWindows
 from minigate.model import Model, find, load
-from minigate.options import ArgumentParser, DecodingOptions, TranscribeOptions, as_whole, errors_name_flags
+from minigate.options import ArgumentParser, TranscribeOptions, as_whole, errors_name_flags
 from minigate.outliers import SIGMAS, Meter, Observer, hidden_dimensions
+from minigate.ranges import Record
 from minigate.report import aligned, check_target, sha256, write_json
 from minigate.transcribe import check_options, context_frames
 
@@ -49,7 +50,7 @@ class Watch:
 
     meter: Meter = field(default_factory=Meter)
     mass: AttentionMass = field(default_factory=AttentionMass)
-    histograms: dict[str, Histogram] | None = None  # by tensor, where they are wanted
+    records: dict[str, Record] | None = None  # histograms by tensor, where they are wanted
     utterances: list[str] = field(default_factory=list)  # names in the manifest
     tokens: int = 0  # given to the decoder
     positions: int = 0  # of the encoder
@@ -58,17 +59,15 @@ class Watch:
         if not np.isfinite(x.sum(dtype=np.float64)):
             raise FileError(f"model: expected finite activations, got NaN or infinity in {name}")
         self.meter.see(name, x)
-        if self.histograms is not None:
-            self.histograms.setdefault(name, Histogram()).add(x)
+        if self.records is not None:
+            self.records.setdefault(name, Record(histogram=True)).see(x, len(self.utterances))
 
 
 def observe(model: Model, mel: np.ndarray, language: str | None, watch: Watch) -> None:
     """mel (1, n_mels, T) -> a forward with every tensor measured, the decoder on the model's own greedy tokens."""
     ops, dims = Observer(model.ops, watch.see, watch.mass.see), model.dims
     xa = network.encoder(ops, dims, mel)
-    [found] = decoding.decode(model, xa, DecodingOptions(language=language))
-    opening = model.tokenizer.sot_sequence(found.language, "transcribe", True)
-    tokens = np.array([[*opening, *found.tokens][: dims.n_text_ctx]])
+    tokens = greedy_tokens(model, xa, language)
     cross = network.cross_keys_values(ops, dims, xa)
     ops.norm("decoder.ln", network.decoder(ops, dims, tokens, network.Whole(cross)))
     watch.tokens += tokens.size
@@ -81,7 +80,7 @@ def measure_rows(model: Model, rows: Iterable[Row], context: str, language: str 
 
     context: full, every window 30 s long; variable, as long as this model hears it in transcription.
     """
-    watch, last = Watch(histograms={} if histograms else None), None
+    watch, last = Watch(records={} if histograms else None), None
     for row in rows:
         try:
             mel, n_frames = MelWindows(row.file, model.dims.n_mels).window(0)
@@ -259,7 +258,7 @@ def run(args: Namespace) -> int:
         if args.json:
             write_json(args.json, _document(args, reports, lost))
         if args.plot:
-            outlierplot.draw(args.plot, reports, [w.histograms for w in watches])
+            outlierplot.draw(args.plot, reports, [w.records for w in watches])
     return FAILED if lost else 0
 
 
@@ -274,7 +273,7 @@ def check(model: Model, language: str) -> None:
 
 def _measure(model: Model, rows: Sequence[Row], args: Namespace, lost: dict[str, str]) -> Watch:
     """measure_rows() with a bar on a terminal; what cannot be read is told, and added to `lost` by name."""
-    language, failures = TranscribeOptions(language=args.language).language, {}
+    failures: dict[Row, str] = {}
 
     def counted(rows: Iterable[Row]) -> Iterable[Row]:
         with progress.bar(len(rows), model.name, " files", shown=sys.stderr.isatty()) as bar:
@@ -286,7 +285,7 @@ def _measure(model: Model, rows: Sequence[Row], args: Namespace, lost: dict[str,
         failures[row] = str(error)
 
     try:
-        return measure_rows(model, counted(rows), args.audio_context, language, bool(args.plot), failed)
+        return measure_rows(model, counted(rows), args.audio_context, args.language, bool(args.plot), failed)
     finally:
         for row, error in failures.items():
             if row.name not in lost:

@@ -7,7 +7,7 @@ import pytest
 
 from minigate import outlierplot
 from minigate.errors import FileError, UsageError
-from minigate.histogram import Histogram
+from minigate.ranges import Record
 
 
 def report(name, **tensors):
@@ -22,10 +22,15 @@ B = report("two", encoder__blocks__0__mlp__0=(5, 3), encoder__blocks__0__attn=(1
            decoder__ln=(20, 8), encoder__blocks__1__mlp__2=(1, 1))  # fmt: skip
 
 
-def histogram(scale=1.0, seed=0):
-    h = Histogram()
-    h.add((scale * np.random.default_rng(seed).standard_normal(1000)).astype(np.float32))
-    return h
+def recorded(*arrays):
+    record = Record(histogram=True)
+    for i, x in enumerate(arrays):
+        record.see(np.asarray(x, np.float32)[:, None], i)
+    return record
+
+
+def normal(scale=1.0, seed=0):
+    return recorded(scale * np.random.default_rng(seed).standard_normal(1000))
 
 
 def test_the_worst_tensors_are_those_of_any_model():
@@ -45,38 +50,30 @@ def test_names_of_several_models_block_by_block():
     assert outlierplot.in_order(names) == [names[i] for i in (0, 4, 5, 3, 6, 1, 7, 2)]
 
 
-def test_rebinned_counts_are_shared_among_the_bins():
-    h = histogram()
-    counts = outlierplot.rebinned(h, np.linspace(-8, 8, 41))
-    assert counts.sum() == pytest.approx(1000)
-    np.testing.assert_array_equal(outlierplot.rebinned(h, h.edges()), h.counts)
+def test_the_share_of_values_between_edges():
+    x = np.concatenate([np.random.default_rng(0).uniform(-9, 9, 100_000), [-600.0], np.zeros(20_000), [350.0]])
+    edges = np.array([-700, -550, -400, -9, -4, -1, 0.5, 10, 300, 400.0])  # -600 and 350 are alone
+    found = outlierplot.share(recorded(x), edges)
+    np.testing.assert_allclose(found, np.histogram(x.astype(np.float32), edges)[0] / len(x), atol=2e-4)
+    assert found[1] == found[7] == 0 < found[0] and found.sum() == pytest.approx(1)
 
 
 def test_the_caption_counts_int8_steps():
-    h = Histogram()
-    h.add(np.linspace(-1, 1, 10_000).astype(np.float32))
-    assert outlierplot.caption(h) == "99.9 % of the values share 255 of int8's 255 steps"
-    h.add(np.array([99.0], np.float32))
-    assert outlierplot.caption(h) == "99.9 % of the values share 5 of int8's 255 steps"  # 2 of 100 in 255 steps
+    x = np.linspace(-1, 1, 10_000)
+    assert outlierplot.caption(recorded(x)) == "99.9 % of the values share 255 of int8's 255 steps"
+    assert outlierplot.caption(recorded(x, [99])) == "99.9 % of the values share 5 of int8's 255 steps"  # 2 of 100
+    assert outlierplot.caption(recorded(x + 2)) == "99.9 % of the values share 169 of int8's 255 steps"  # 2 of 3
+    assert outlierplot.caption(recorded(np.zeros(5))) == "99.9 % of the values share 1 of int8's 255 steps"
 
 
-def test_constants_have_a_caption():
-    h = Histogram()
-    h.add(np.zeros(5, np.float32))
-    assert outlierplot.caption(h) == "99.9 % of the values share 1 of int8's 255 steps"
-
-
-@pytest.mark.parametrize("reports", [[A], [A, B]])
-@pytest.mark.parametrize("name", ["a.png", "a.svg"])
+@pytest.mark.parametrize("reports, name", [([A], "a.svg"), ([A, B], "a.png")])
 def test_a_picture(tmp_path, reports, name):
     pytest.importorskip("matplotlib")
-    histograms = [{tensor: histogram(10**i, i) for tensor in r["tensors"]} for i, r in enumerate(reports)]
-    outlierplot.draw(str(tmp_path / name), reports, histograms)
+    records = [{tensor: normal(10**i, i) for tensor in r["tensors"]} for i, r in enumerate(reports)]
+    outlierplot.draw(str(tmp_path / name), reports, records)
     data = (tmp_path / name).read_bytes()
     assert data.startswith(b"\x89PNG" if name == "a.png" else b"<?xml") and len(data) > 20_000
     assert [p.name for p in tmp_path.iterdir()] == [name]
-    with pytest.raises(FileError, match="expected a file that can be written"):
-        outlierplot.draw(str(tmp_path / "no" / name), reports, histograms)
 
 
 def test_both_models_are_in_every_panel(tmp_path, monkeypatch):
@@ -85,9 +82,11 @@ def test_both_models_are_in_every_panel(tmp_path, monkeypatch):
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, part, **rest: (figures.append(figure), part.touch()))
-    tensors = [{tensor: histogram() for tensor in r["tensors"]} for r in (A, B)]
-    outlierplot.draw(str(tmp_path / "a.png"), [A, B], tensors)
-    [figure] = figures
+    records = [{tensor: normal() for tensor in r["tensors"]} for r in (A, B)]
+    outlierplot.draw(str(tmp_path / "a.png"), [A, B], records)
+    with pytest.raises(FileError, match="expected a file that can be written"):
+        outlierplot.draw(str(tmp_path / "no" / "a.png"), [A, B], records)
+    figure = figures[0]
     assert len(figure.axes) == 2 + outlierplot.WORST
     for axes in figure.axes:
         shown = [text.get_text() for text in axes.get_legend().get_texts()]
