@@ -4,15 +4,16 @@
     Observed    records what calibration wants to know about the points
     Simulated   rounds points and weights to what an int8 model holds: `w8a8-static` in NumPy
 
-`simulate` makes the operators of any scheme. Sums are float32 where the kernels' are int32, so that a value between two
-steps may be rounded the other way; otherwise the logits are those of the kernels.
+`simulate` makes the operators of any scheme. What is held in int8 is float32 on its grid here, but is multiplied as
+steps, whole numbers: so sums are as exact as the kernels' (up to 2^24; above, to 1 in 2^24), and a value differs from
+theirs only where float32 arithmetic after the sum puts it on the other side of a boundary between two steps.
 
 B batch, T time, D n_state, K inputs, H n_head, d = D / H.
 """
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,7 +28,8 @@ LOGITS = "decoder.token_embedding"  # the linear whose result is no point
 
 
 class Pointed(ops.Float):
-    """float32 with methods to override, which give x back as it is: `point`, `read`, `read_residual`, `products`."""
+    """float32 with methods to override: `point`, `read`, `read_residual`, which give x back as it is, and the products
+    themselves, `multiplied` and `attended`."""
 
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
         super().__init__(metadata, tensors)
@@ -63,19 +65,23 @@ class Pointed(ops.Float):
         x = self.read(name, self.reads[name][-1], x)
         if residual is not None:
             residual = self.read_residual(name, self.reads[name][0], residual)
-        y = super().linear(name, x, gelu, residual)
+        y = self.multiplied(name, x, gelu, residual)
         return y if name == LOGITS else self.point(name, y)
+
+    def multiplied(self, name: str, x: np.ndarray, gelu: bool, residual: np.ndarray | None) -> np.ndarray:
+        """[gelu](x wᵀ + bias) + residual."""
+        return super().linear(name, x, gelu, residual)
 
     def attention(self, name: str, q, k, v, h, n_head: int, causal: bool) -> np.ndarray:
         q, k, v = (self.read(name, f"{name}.{part}", x) for part, x in (("query", q), ("key", k), ("value", v)))
-        a = self.point(name, self.products(name, q, k, v, n_head, causal))
+        a = self.point(name, self.attended(name, q, k, v, n_head, causal))
         if self.gate_kind == "none":
             return a
         h = self.read(name, f"{name}_ln", h)
         g = gate(self.gate_kind, h, self.gates[name], n_head, self.gate_scale)
         return self.point(f"{name}.gate", times_gate(self.read(name, name, a), g))
 
-    def products(self, name: str, q, k, v, n_head: int, causal: bool) -> np.ndarray:
+    def attended(self, name: str, q, k, v, n_head: int, causal: bool) -> np.ndarray:
         """softmax(q kᵀ / sqrt(d)) v, without the gate."""
         return kernels.attention(q, k, v, n_head, causal=causal)
 
@@ -126,9 +132,7 @@ class SimulatedWeights(ops.Float):
     """Scheme `w8`: int8 weights, float32 activations."""
 
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
-        if not any(array.dtype == np.int8 for array in tensors.values()):
-            tensors = quantize_weights(metadata, tensors)
-        super().__init__(metadata, dequantize(metadata, tensors)[1])
+        super().__init__(metadata, dequantize(metadata, as_quantized(metadata, tensors))[1])
         self.keep(metadata)
 
     def keep(self, metadata: Mapping) -> None:
@@ -146,17 +150,43 @@ class SimulatedWeights(ops.Float):
         return other
 
 
-class SimulatedDynamic(SimulatedWeights):
+class SimulatedSteps(SimulatedWeights):
+    """Weights as steps, whole numbers in float32, and their scales apart."""
+
+    def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
+        tensors, self.scales = as_quantized(metadata, tensors), {}
+        super().__init__(metadata, tensors)
+        for layer in set(checkpoint.quantizable(metadata["dims"])).difference(self.kept):
+            steps = self.p[f"{layer}.weight"] = self.prepare(f"{layer}.weight", tensors[f"{layer}.weight"])
+            self.scales[layer] = np.broadcast_to(tensors[f"{layer}.scale"], steps.shape[:1])
+
+    def token_rows(self, tokens: np.ndarray) -> np.ndarray:
+        rows = super().token_rows(tokens)
+        return rows if LOGITS in self.kept else rows * self.scales[LOGITS][tokens][..., None]
+
+    def of_steps(self, name: str, steps: np.ndarray, scale, gelu: bool, residual: np.ndarray | None) -> np.ndarray:
+        """x = scale * steps (…, K), scale (…, 1) or a number -> [gelu](x wᵀ + bias) + residual."""
+        y = kernels.linear_f32(steps, self.p[f"{name}.weight"])
+        y *= scale * self.scales[name]
+        if f"{name}.bias" in self.p:
+            y += self.p[f"{name}.bias"]
+        if gelu:
+            y = kernels.gelu(y)
+        return y if residual is None else y + residual
+
+
+class SimulatedDynamic(SimulatedSteps):
     """Scheme `w8a8-dynamic`: the rows that a linear multiplies with int8 weights are int8 too."""
 
     def linear(self, name: str, x: np.ndarray, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
-        if name not in self.kept:
-            q, scale = kernels.quantize_rows(np.ascontiguousarray(x.reshape(-1, x.shape[-1])))
-            x = (q * scale[:, None]).reshape(x.shape)
-        return super().linear(name, x, gelu, residual)
+        if name in self.kept:
+            return super().linear(name, x, gelu, residual)
+        q, scale = kernels.quantize_rows(np.ascontiguousarray(x.reshape(-1, x.shape[-1])))
+        steps = q.astype(np.float32).reshape(x.shape)
+        return self.of_steps(name, steps, scale.reshape(*x.shape[:-1], 1), gelu, residual)
 
 
-class Simulated(SimulatedWeights, Pointed):
+class Simulated(SimulatedSteps, Pointed):
     """Scheme `w8a8-static`.
 
     linears_only: only what linears and convolutions multiply is rounded, weights and operands; not what lies between
@@ -184,10 +214,25 @@ class Simulated(SimulatedWeights, Pointed):
     def read_residual(self, module: str, point: str, x: np.ndarray) -> np.ndarray:
         return x if self.linears_only else super().read_residual(module, point, x)
 
-    def products(self, name: str, q, k, v, n_head: int, causal: bool) -> np.ndarray:
+    def multiplied(self, name: str, x: np.ndarray, gelu: bool, residual: np.ndarray | None) -> np.ndarray:
         if name in self.kept:
-            return super().products(name, q, k, v, n_head, causal)
-        return rounded_attention(q, k, v, n_head, causal)
+            return super().multiplied(name, x, gelu, residual)
+        scale = self.grids[self.reads[name][-1]][0]
+        return self.of_steps(name, steps_of(x, scale), scale, gelu, residual)
+
+    def attended(self, name: str, q, k, v, n_head: int, causal: bool) -> np.ndarray:
+        if name in self.kept:
+            return super().attended(name, q, k, v, n_head, causal)
+        scales = [self.grids[f"{name}.{part}"][0] for part in ("query", "key", "value")]
+        steps = [steps_of(x, scale) for x, scale in zip((q, k, v), scales, strict=True)]
+        return rounded_attention(*steps, scales, n_head, causal)
+
+
+def as_quantized(metadata: Mapping, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """A quantized model's tensors as they are, a float model's quantized."""
+    if any(array.dtype == np.int8 for array in tensors.values()):
+        return tensors
+    return quantize_weights(metadata, tensors)
 
 
 def with_keep_float(metadata: Mapping, modules: Iterable[str]) -> dict:
@@ -202,32 +247,43 @@ def between_linears(metadata: Mapping) -> set[str]:
     return set(graph.modules(metadata["dims"])).difference(checkpoint.quantizable(metadata["dims"]))
 
 
+def steps_of(x: np.ndarray, scale: np.float32) -> np.ndarray:
+    """x -> the nearest multiples of scale, in steps: whole numbers in float32."""
+    return np.rint(x * (np.float32(1) / scale))
+
+
 def rounded(x: np.ndarray, scale: np.float32, zero_point: int) -> np.ndarray:
     """x float32 -> scale * (q - zero_point), q = clip(rint(x / scale) + zero_point, -128, 127)."""
-    y = np.rint(x / scale)
+    y = steps_of(x, scale)
     np.clip(y, graph.Q_MIN - zero_point, graph.Q_MAX - zero_point, out=y)
     y *= scale
     return y
 
 
-def rounded_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal: bool) -> np.ndarray:
-    """softmax(q kᵀ / sqrt(d)) v with probabilities of round(255 p) / 255; shapes as in `kernels.attention`."""
+def rounded_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scales: Sequence[float], n_head: int,
+                      causal: bool) -> np.ndarray:  # fmt: skip
+    """softmax(q kᵀ / sqrt(d)) v with probabilities of round(255 p) / 255; shapes as in `kernels.attention`.
+
+    q, k, v in steps of the three scales.
+    """
     n_batch, t_q, n_state = q.shape
     t_k, d = k.shape[1], n_state // n_head
     group = n_batch // k.shape[0]
+    unit = np.float32(float(scales[0]) * float(scales[1]) / math.sqrt(d))
     out = np.empty((n_batch, t_q, n_head, d), np.float32)
     for b in range(n_batch):
         keys = k[b // group].reshape(t_k, n_head, d).transpose(1, 2, 0)
         values = v[b // group].reshape(t_k, n_head, d).transpose(1, 0, 2)
         for i in range(0, t_q, QUERIES):
-            queries = q[b, i : i + QUERIES].reshape(-1, n_head, d).transpose(1, 0, 2)
-            p = queries @ keys * np.float32(1 / math.sqrt(d))  # (H, queries, Tk)
+            p = q[b, i : i + QUERIES].reshape(-1, n_head, d).transpose(1, 0, 2) @ keys  # (H, queries, Tk)
             if causal:
                 position = np.arange(i, i + p.shape[1])[:, None] + t_k - t_q
                 p[:, np.arange(t_k) > position] = -np.inf
             p -= p.max(axis=-1, keepdims=True)
+            p *= unit
             np.exp(p, out=p)
             p *= P_STEPS / p.sum(axis=-1, keepdims=True)
             np.rint(p, out=p)
-            out[b, i : i + QUERIES] = (p @ values * np.float32(1 / P_STEPS)).transpose(1, 0, 2)
+            out[b, i : i + QUERIES] = (p @ values).transpose(1, 0, 2)
+    out *= scales[2] / np.float32(P_STEPS)
     return out.reshape(n_batch, t_q, n_state)
