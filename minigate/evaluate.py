@@ -35,7 +35,7 @@ from minigate.options import (
     decoding_options,
     errors_name_flags,
 )
-from minigate.report import COUNTS, REPORT, aligned, check_target, read_report, sha256, write_json
+from minigate.report import COUNTS, REPORT, aligned, check_target, interval, percent, read_report, sha256, write_json
 from minigate.transcribe import check_options
 from minigate.wer import Errors
 
@@ -229,23 +229,15 @@ def _name(model) -> str:
 
 def _cells(name: str, f: dict) -> tuple[str, ...]:
     rtf = "-" if f["rtf"] is None else f"{f['rtf']:.3f}"
-    return (name, str(f["scored"]), str(f["words"]), _percent(f["wer"]), _range(f["ci95"]), _percent(f["wer_capped"]),
-            _range(f["ci95_capped"]), str(f["substitutions"]), str(f["deletions"]), str(f["insertions"]), rtf)
+    return (name, str(f["scored"]), str(f["words"]), percent(f["wer"]), interval(f["ci95"]), percent(f["wer_capped"]),
+            interval(f["ci95_capped"]), str(f["substitutions"]), str(f["deletions"]), str(f["insertions"]), rtf)
 
 
 def _comparison_cells(comparison: dict) -> list[tuple[str, ...]]:
     sources = comparison["sources"] if len(comparison["sources"]) > 1 else {}
-    return [(name or "(none)", str(f["scored"]), _percent(f["wer"], "+"), _range(f["ci95"], "+"),
-             _percent(f["wer_capped"], "+"), _range(f["ci95_capped"], "+"))
+    return [(name or "(none)", str(f["scored"]), percent(f["wer"], "+"), interval(f["ci95"], "+"),
+             percent(f["wer_capped"], "+"), interval(f["ci95_capped"], "+"))
             for name, f in [*sources.items(), ("all", comparison)]]
-
-
-def _percent(rate: float | None, sign: str = "") -> str:
-    return "-" if rate is None else f"{100 * rate:{sign}.2f}"
-
-
-def _range(interval: list[float] | None, sign: str = "") -> str:
-    return "-" if interval is None else f"{_percent(interval[0], sign)} to {_percent(interval[1], sign)}"
 
 
 # --- the command line

@@ -90,6 +90,15 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
+def percent(rate: float | None, sign: str = "") -> str:
+    return "-" if rate is None else f"{100 * rate:{sign}.2f}"
+
+
+def interval(bounds: Sequence[float] | None, sign: str = "") -> str:
+    """Two rates -> per cent, "1.23 to 4.56"."""
+    return "-" if bounds is None else f"{percent(bounds[0], sign)} to {percent(bounds[1], sign)}"
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
