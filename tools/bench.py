@@ -119,7 +119,9 @@ def measure(specs: list[str], paths: list[str], threads: int, rounds: int) -> li
 
 def processor() -> str:
     """Name and cores, as far as the system says."""
-    names = [x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")]
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
