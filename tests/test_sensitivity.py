@@ -142,6 +142,12 @@ def test_layers_that_harm_together_are_kept_together_and_no_others():
     assert cost <= 1.0 and {NAMES[1], NAMES[4]} < set(chosen) and len(chosen) == 3
 
 
+def test_layers_that_turn_out_not_to_be_needed_are_given_up():
+    judge = Scripted(dict(zip(NAMES, (0.1, 0.2, 5.0, 0.1, 0.1, 0.1), strict=True)))
+    chosen, cost = sensitivity.auto_keep_float(judge, 0.7, ranking=NAMES)
+    assert chosen == [NAMES[2]] and cost == pytest.approx(0.6)
+
+
 def test_a_budget_of_nothing_keeps_everything():
     chosen, cost = sensitivity.auto_keep_float(Scripted(dict.fromkeys(NAMES, 1.0)), 0.0)
     assert set(chosen) == set(NAMES) and cost == 0
