@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from minigate import int8, model, ops, outliers
+from minigate import model, outliers
 from minigate.attention import gate
 from minigate.outliers import Figures, Meter, Observer
-from minigate.quantize import quantize_dynamic
+from minigate.quantize import quantized
 from tests.toy import DIMS, toy_model
 
 
@@ -36,11 +36,12 @@ def test_huge_and_constant_tensors_have_finite_numbers():
     assert outliers.measure(x).kurtosis == pytest.approx(999, rel=1e-2)
 
 
-def watched(quantized=False, see_attention=None):
+def watched(scheme=None, see_attention=None):
     """-> a network's operators, what an observer saw, its results without and with an observer."""
     metadata, tensors = toy_model("per_head")
     dims, rng, seen = model.Dims(**metadata["dims"]), np.random.default_rng(0), {}
-    plain = int8.Dynamic(*quantize_dynamic(metadata, tensors)) if quantized else ops.Float(metadata, tensors)
+    plain = model.OPERATORS[scheme](*(quantized(metadata, tensors, scheme, "per-channel") if scheme else
+                                      (metadata, tensors)))  # fmt: skip
     mel = rng.standard_normal((1, DIMS["n_mels"], 2 * DIMS["n_audio_ctx"])).astype(np.float32)
     tokens = rng.integers(0, DIMS["n_vocab"], (1, 5))
     results = []
@@ -51,9 +52,9 @@ def watched(quantized=False, see_attention=None):
     return plain, seen, results
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_an_observer_changes_nothing_and_sees_every_tensor_once(quantized):
-    _, seen, (plain, observed) = watched(quantized)
+@pytest.mark.parametrize("scheme", [None, "w8a8-dynamic", "w8"])
+def test_an_observer_changes_nothing_and_sees_every_tensor_once(scheme):
+    _, seen, (plain, observed) = watched(scheme)
     np.testing.assert_allclose(observed, plain, rtol=1e-5, atol=1e-5)
     attentions = {"encoder": ["attn"], "decoder": ["attn", "cross_attn"]}
     modules = [(f"{side}.blocks.{i}", attentions[side]) for side in attentions for i in range(2)]
