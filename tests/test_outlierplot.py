@@ -63,6 +63,8 @@ def test_the_caption_counts_int8_steps():
     assert outlierplot.caption(recorded(x)) == "99.9 % of the values share 255 of int8's 255 steps"
     assert outlierplot.caption(recorded(x, [99])) == "99.9 % of the values share 5 of int8's 255 steps"  # 2 of 100
     assert outlierplot.caption(recorded(x + 2)) == "99.9 % of the values share 169 of int8's 255 steps"  # 2 of 3
+    for n, steps in ((4, 5), (8, 255)):  # of 10 000 at either end: 5 are not the bulk's
+        assert f"share {steps} of" in outlierplot.caption(recorded(x, [-50] * n, [50] * n))
     assert outlierplot.caption(recorded(np.zeros(5))) == "99.9 % of the values share 1 of int8's 255 steps"
 
 
