@@ -99,11 +99,12 @@ class DevSet:
         where there is none, against what the teacher understood."""
         normalise, found = wer.load_normaliser()[1], []
         labeller = self.batches.labeller
-        options = DecodingOptions(language=labeller.options.language)
         for draw in self._share(self._draws(self.transcribed)):
             if stopped():
                 break
             mel = pad([self.batches.student_mel(w, 0) for w in draw.windows], draw.length_s * FRAMES_PER_S)
+            sound_s = max(w.seconds for w in draw.windows) if draw.length_s < CHUNK_LENGTH_S else None
+            options = DecodingOptions(language=labeller.options.language, sound_s=sound_s)
             results = decoding.decode(student, student.encode(mel), options)
             for window, result in zip(draw.windows, results, strict=True):
                 label = labeller.usable(window) if window.text is None else None

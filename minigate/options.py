@@ -63,12 +63,14 @@ class TranscribeOptions:
         check.flag("without_timestamps")
         check.finished_texts()
 
-    def window(self, language: str, temperature: float, prompt: list[int], seed: tuple[int, ...]) -> "DecodingOptions":
+    def window(self, language: str, temperature: float, prompt: list[int], seed: tuple[int, ...],
+               sound_s: float | None = None) -> "DecodingOptions":  # fmt: skip
         """The options of one window's decoding."""
         return DecodingOptions(
             language=language, task=self.task, temperature=temperature, beam_size=self.beam_size,
             patience=self.patience, best_of=self.best_of, length_penalty=self.length_penalty, prompt=tuple(prompt),
             suppress_tokens=self.suppress_tokens, without_timestamps=self.without_timestamps, seed=seed,
+            sound_s=sound_s,
         )  # fmt: skip
 
 
@@ -88,6 +90,7 @@ class DecodingOptions:
     suppress_blank: bool = True  # no space and no end as the first token
     without_timestamps: bool = False
     max_initial_timestamp: float | None = 1.0  # s, latest start of the first segment; None: anywhere
+    sound_s: float | None = None  # s of sound, for a model that hears no silence after it; None: there is silence
     sample_len: int | None = None  # most tokens decoded; None: n_text_ctx // 2
     seed: int | tuple[int, ...] = 0  # of numpy.random.default_rng, for temperatures above 0
 
@@ -102,6 +105,7 @@ class DecodingOptions:
         check.number("length_penalty", 0, 1, optional=True)
         check.tokens()
         check.number("max_initial_timestamp", 0, 30, optional=True)
+        check.number("sound_s", 0, 30, optional=True)
         check.whole("sample_len", 1, optional=True)
         check.finished_texts()
 

@@ -2,7 +2,9 @@
 ones at minus infinity.
 
 The rules are openai/whisper's: some tokens are never decoded, a text does not begin with a blank, and timestamps come
-in pairs that do not run backwards, or singly before the end.
+in pairs that do not run backwards, or singly before the end. One is ours: where the model hears no silence after the
+sound (variable context), no segment begins when the sound is over, which would be heard as another one saying it all
+again.
 
 V n_vocab.  Timestamps are the last ids of the vocabulary: `timestamp_begin` is 0.00 s, each further id 0.02 s more.
 """
@@ -13,6 +15,7 @@ from minigate.errors import UsageError
 from minigate.options import MODEL_SUPPRESS_SET, DecodingOptions
 
 CHUNK_S = 30  # seconds of sound in a window
+SHORTEST_SEGMENT_S = 0.2  # seconds; what begins so late in the sound is none
 
 
 def suppressed_tokens(model, chosen: tuple[int, ...]) -> np.ndarray:
@@ -45,12 +48,15 @@ class Rules:
         self.timestamps = not options.without_timestamps
         self.never = suppressed_tokens(model, options.suppress_tokens)
         self.not_first = np.array([*tokenizer.encode(" "), self.eot] if options.suppress_blank else [], int)
-        self.max_initial = None
+        self.max_initial = self.max_start = None
         if self.timestamps:
             self.never = np.union1d(self.never, tokenizer.no_timestamps)
+            precision_s = CHUNK_S / model.dims.n_audio_ctx  # 0.02
             if options.max_initial_timestamp is not None:
-                precision_s = CHUNK_S / model.dims.n_audio_ctx  # 0.02
                 self.max_initial = self.timestamp_begin + round(options.max_initial_timestamp / precision_s)
+            if options.sound_s is not None:
+                latest_s = max(0.0, options.sound_s - SHORTEST_SEGMENT_S)
+                self.max_start = self.timestamp_begin + int(latest_s / precision_s)
 
     def apply(self, logits: np.ndarray, tokens: np.ndarray) -> None:
         """logits (rows, V) float32, changed in place; tokens (rows, n): what was decoded so far, n >= 0."""
@@ -67,8 +73,9 @@ class Rules:
         logits[:, self.not_first] = -np.inf
         if self.timestamps:
             logits[:, : self.timestamp_begin] = -np.inf
-            if self.max_initial is not None:
-                logits[:, self.max_initial + 1 :] = -np.inf
+            for latest in (self.max_initial, self.max_start):
+                if latest is not None:
+                    logits[:, latest + 1 :] = -np.inf
 
     def _pairs(self, logits: np.ndarray, tokens: np.ndarray) -> None:
         """A start is followed by text, an end by a start or the end of the text, and none runs backwards.
@@ -87,6 +94,8 @@ class Rules:
         np.copyto(logits[:, begin:], -np.inf, where=~allowed)
         for row in np.flatnonzero(closed):
             logits[row, : self.eot] = -np.inf
+            if self.max_start is not None:
+                logits[row, self.max_start + 1 :] = -np.inf
 
     def _prefer_timestamps(self, logits: np.ndarray) -> None:
         """Where all timestamps together are likelier than the likeliest other token, it is one of them."""

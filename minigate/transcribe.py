@@ -148,8 +148,9 @@ class Transcription:
     def _window(self) -> list[Segment]:
         """Decode the window at `seek`, and move `seek` and the previous text on."""
         mel, n_frames = self.windows.window(self.seek)
-        seek = self.seek
-        found = self._decode(self._listen(mel[:, : context_frames(self.model, n_frames)]))
+        seek, heard = self.seek, context_frames(self.model, n_frames)
+        sound_s = None if heard == N_FRAMES else n_frames * HOP_LENGTH / SAMPLE_RATE
+        found = self._decode(self._listen(mel[:, :heard]), sound_s)
         if is_silence(found, self.options):
             self.seek += n_frames
             return []
@@ -166,10 +167,10 @@ class Transcription:
             self._previous = []
         return segments
 
-    def _decode(self, xa: np.ndarray) -> DecodingResult:
+    def _decode(self, xa: np.ndarray, sound_s: float | None) -> DecodingResult:
         """xa (1, T, D) -> the first result, at ascending temperatures, that has not failed, else the last."""
         for i, temperature in enumerate(self.options.temperature):
-            options = self.options.window(self.language, temperature, self._prompt(), (self.seek, i))
+            options = self.options.window(self.language, temperature, self._prompt(), (self.seek, i), sound_s)
             [found] = decode(self.model, xa, options)
             if not has_failed(found, self.options):
                 break

@@ -68,6 +68,17 @@ def test_after_an_end_comes_a_start_or_the_end_of_text():
     assert allowed([BEGIN + 3, 65, BEGIN + 1500], text_likely()) == (SPECIAL - {T.no_timestamps} | times(1500)) - NEVER
 
 
+def test_no_segment_begins_when_the_sound_is_over():
+    ends = SPECIAL - {T.no_timestamps}
+    assert allowed([BEGIN, 65, BEGIN + 60], text_likely(), sound_s=2.0) == (ends | times(60, 90)) - NEVER
+    for end in (91, 100, 1500):
+        assert allowed([BEGIN, 65, BEGIN + end], text_likely(), sound_s=2.0) == ends - NEVER
+    assert allowed([BEGIN, 65], text_likely(), sound_s=2.0) & times(0) == times(1)  # an end may be later
+    assert allowed(row=text_likely(), sound_s=0.5) == times(0, 15)
+    assert allowed(row=text_likely(), sound_s=0.1) == times(0, 0)
+    assert allowed([65], without_timestamps=True, sound_s=2.0) == allowed([65], without_timestamps=True)
+
+
 def test_text_between_segments_without_a_start_keeps_the_last_time():
     assert allowed([BEGIN, 65, BEGIN + 7, BEGIN + 7, 66], text_likely()) & times(0) == times(8)
 
