@@ -1,11 +1,12 @@
-"""The integer operators against the formula of their scheme in NumPy: per channel, per tensor, and with layers kept
-in float."""
+"""The operators on int8 weights against the formula of their scheme in NumPy: per channel, per tensor, and with layers
+kept in float."""
 
 import numpy as np
 import pytest
 
-from minigate import int8, ops
-from minigate.quantize import quantize_dynamic, quantize_weight
+from minigate import int8, model, ops
+from minigate.int8weights import dequantize, quantize_weight
+from minigate.quantize import quantize_dynamic
 from tests.toy import DIMS, toy_model
 
 RTOL = 2e-6  # float32 rounding of scale * integer
@@ -91,3 +92,49 @@ def test_a_layer_kept_in_float_computes_as_float(layer):
         np.testing.assert_array_equal(dynamic.logits(x), plain.logits(x))
     else:
         np.testing.assert_array_equal(dynamic.linear(layer, dynamic.rows(x)), plain.linear(layer, x))
+
+
+# --- w8 ---
+
+
+@pytest.fixture
+def weight_only(isa):
+    metadata, tensors, _ = quantized("per-channel")
+    return int8.WeightOnly(metadata, tensors), ops.Float(*dequantize(metadata, tensors))
+
+
+@pytest.mark.parametrize("tile", [1, 100, int8.TILE])
+def test_w8_is_float_with_the_same_weights(weight_only, monkeypatch, tile):
+    monkeypatch.setattr(int8, "TILE", tile)
+    operators, plain = weight_only
+    x, residual = activation(), activation(1, (2, 5, 4 * D))
+    for gelu, added in ((False, None), (True, residual)):
+        close(operators.linear(LINEAR, x, gelu, added), plain.linear(LINEAR, x, gelu, added))
+    close(operators.conv(CONV, x, 2), plain.conv(CONV, x, 2))
+    close(operators.logits(x), plain.logits(x))
+    tokens = np.array([[0, 7, 299]])
+    np.testing.assert_array_equal(operators.embed(tokens, 4), plain.embed(tokens, 4))
+
+
+def test_w8_expands_a_tile_at_a_time(monkeypatch):
+    metadata, tensors, _ = quantized("per-channel")
+    operators, expanded = int8.WeightOnly(metadata, tensors), []
+    monkeypatch.setattr(int8, "TILE", 10 * D)
+    monkeypatch.setattr(int8.static_kernels, "expand", lambda q, scale: expanded.append(q.size) or q * scale[:, None])
+    operators.logits(activation())
+    assert len(expanded) == 30 and max(expanded) == 10 * D
+    assert all(w.packed is None for w in operators.p.values() if isinstance(w, int8.Weight))
+
+
+def test_w8_keeps_layers_in_float():
+    metadata, tensors, _ = quantized("per-channel", {LINEAR})
+    x = activation()
+    plain = ops.Float({**metadata, "quantization": None}, dict(toy_model()[1]))
+    np.testing.assert_array_equal(int8.WeightOnly(metadata, tensors).linear(LINEAR, x), plain.linear(LINEAR, x))
+
+
+@pytest.mark.parametrize(("scheme", "operators"), [("w8a8-dynamic", int8.Dynamic), ("w8", int8.WeightOnly)])
+def test_the_scheme_chooses_the_operators(scheme, operators):
+    metadata, tensors, _ = quantized("per-channel")
+    metadata["quantization"]["scheme"] = scheme
+    assert type(model.Model(metadata, tensors).ops) is operators

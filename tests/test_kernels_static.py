@@ -207,6 +207,7 @@ def test_attention_sizes_of_queries_and_keys(isa, t_q, rng):
 def test_attention_head_sizes(isa, d, rng):
     for t_q in (1, 5, 20):
         check_attention(rng, 1, 1, t_q, 70, 3, d)
+        check_attention(rng, 1, 1, t_q, 70, 3, d, gate="element")
 
 
 @pytest.mark.parametrize("gate", [None, "head", "element"])
