@@ -25,6 +25,8 @@ POSITIONS = {"encoder.positional_embedding": "encoder.positional_embedding",
              "decoder.positional_embedding": "decoder.embed"}  # int8 in w8a8-static unless this is kept in float
 CALIBRATION = ("method", "percentile", "batches", "seed", "windows", "sha256")
 HELPERS = ("smoothquant", "bias_correction", "equalize", "rotate")
+INPUT_SCALE = "decoder.token_embedding.input_scale"  # (D,) of a smoothed model: tokens' rows go in multiplied by it
+ROTATION = "encoder.rotation"  # (D,) of a rotated model: the signs that hadamard.rotation makes a matrix of
 VOCABULARY = "tokenizer.vocabulary"
 MAX_RANGE = 3.4e38  # of an activation: what float32 can hold
 MAX_LAYERS = 256  # a bound on what a damaged file can ask for; the largest Whisper has 32
@@ -103,6 +105,11 @@ def expected_tensors(metadata: Mapping) -> dict[str, tuple[tuple[int, ...], str]
                 shape = expected[f"{layer}.weight"][0]
                 expected[f"{layer}.weight"] = shape, "int8"
                 expected[f"{layer}.scale"] = shape[:1] if quantization["weights"] == "per-channel" else (), "float32"
+        helpers, D = quantization.get("helpers", {}), dims["n_audio_state"]
+        if helpers.get("rotate"):
+            expected[ROTATION] = (D,), "float"
+        if helpers.get("smoothquant") is not None:
+            expected[INPUT_SCALE] = (D,), "float"
         for name in POSITIONS if quantization["scheme"] == "w8a8-static" else ():
             if module_of(name) not in quantization["keep_float"]:
                 expected[name], expected[scale_name(name)] = (expected[name][0], "int8"), ((), "float32")

@@ -11,6 +11,8 @@ import numpy as np
 
 from minigate import kernels
 from minigate.attention import gate, gate_shapes
+from minigate.checkpoint import INPUT_SCALE, ROTATION
+from minigate.hadamard import rotation
 
 CONV_WIDTH = 3  # both convolutions of the stem
 
@@ -41,6 +43,8 @@ class Float:
     def prepare(self, name: str, array: np.ndarray):
         """The form in which a parameter is computed with."""
         array = np.asarray(array, np.float32)
+        if name == ROTATION:
+            return rotation(array).astype(np.float32)
         return conv_matrix(array) if array.ndim == 3 and ".conv" in name else array
 
     def _gates(self, dims: dict) -> dict[str, dict[str, np.ndarray]]:
@@ -55,14 +59,24 @@ class Float:
 
     def add_positions(self, name: str, x: np.ndarray) -> np.ndarray:
         """x (B, T, D) + the first T positions."""
-        return x + self.p[name][: x.shape[1]]
+        return self.turned(x) + self.p[name][: x.shape[1]]
+
+    def turned(self, x: np.ndarray) -> np.ndarray:
+        """x (B, T, D) as the residual stream holds it."""
+        return kernels.linear_f32(x, self.p[ROTATION]) if ROTATION in self.p else x
 
     def embed(self, tokens: np.ndarray, offset: int) -> np.ndarray:
         """tokens (B, T) at positions offset, offset + 1, … -> (B, T, D)."""
         positions = self.p["decoder.positional_embedding"][offset : offset + tokens.shape[1]]
-        return self.token_rows(tokens) + positions
+        return self.input_rows(tokens) + positions
+
+    def input_rows(self, tokens: np.ndarray) -> np.ndarray:
+        """tokens (B, T) -> (B, T, D), as they go in."""
+        rows = self.token_rows(tokens)
+        return rows * self.p[INPUT_SCALE] if INPUT_SCALE in self.p else rows
 
     def token_rows(self, tokens: np.ndarray) -> np.ndarray:
+        """tokens (B, T) -> their rows (B, T, D) of the logits' matrix."""
         return self.p["decoder.token_embedding.weight"][tokens]
 
     def norm(self, name: str, x: np.ndarray) -> np.ndarray:

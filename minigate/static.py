@@ -5,7 +5,7 @@ point were fixed at calibration, the residual stream, keys, values and probabili
 
 What a tensor is called, and which of them a keep_float list holds in float32, is in graph.py. An activation is a
 `Tensor` (static_kernels.py): int8, or float32 with the grid to which a reader that computes in int8 rounds it. Gates,
-softmax, GELU and layer norm are float32 arithmetic between these.
+softmax, GELU, layer norm and the rotation of a turned residual stream are float32 arithmetic between these.
 
 B batch, T time, C channels in, D n_state, N outputs, V n_vocab.
 """
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from minigate import graph, int8, kernels, ops, static_kernels
+from minigate import checkpoint, graph, int8, kernels, ops, static_kernels
 from minigate.attention import gate
 from minigate.static_kernels import Grid, Tensor
 
@@ -67,7 +67,10 @@ class Static(int8.Int8Weights):
     def add_positions(self, name: str, x: Tensor) -> Tensor:
         positions, shape = self.p[name], x.data.shape
         if name in self.kept:
-            return self.left(name, x.data + positions[: shape[1]])
+            return self.left(name, self.turned(x.data) + positions[: shape[1]])
+        if checkpoint.ROTATION in self.p:
+            turned = self.turned(self.values(self.entered(x)))
+            return self.left(name, turned + positions.data[: shape[1]] * positions.grid.scale)
         rows = np.broadcast_to(positions.data[: shape[1]], shape)
         y = static_kernels.add(self.entered(x), Tensor(rows, positions.grid), self.int8_grids.get(name))
         return Tensor(y, self.grids[name])
@@ -79,7 +82,7 @@ class Static(int8.Int8Weights):
             positions = positions.data[rows] * positions.grid.scale
         else:
             positions = positions[rows]
-        return self.left("decoder.embed", self.token_rows(tokens) + positions)
+        return self.left("decoder.embed", self.input_rows(tokens) + positions)
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         parameters = self.p[f"{name}.weight"], self.p[f"{name}.bias"]

@@ -56,6 +56,7 @@ def test_at_whispers_sizes_the_share_is_at_most_27_percent():
 def test_inspect_prints_scheme_calibration_layers_sizes_and_ranges():
     metadata, tensors = quantized("w8a8-static", keep_float=["encoder.blocks.1.mlp.2"],
                                   helpers={"smoothquant": 0.5, "equalize": True})  # fmt: skip
+    tensors[checkpoint.INPUT_SCALE] = np.ones(32, np.float32)
     text = quantizereport.inspect(metadata, tensors)
     assert text.startswith("toy: w8a8-static, weights per-tensor, ")
     assert "helpers: SmoothQuant 0.5, equalization\n" in text
