@@ -154,13 +154,18 @@ def test_what_rows_say_of_their_model(done):
     assert rows["gated", str(DYNAMIC)]["calibration"] is None
 
 
-def test_layers_that_the_paper_keeps_in_float(folder, tmp_path, capsys):
+def test_extras_are_rows_of_their_own(folder, tmp_path, capsys):
+    """Those that change the float model's activations have outliers of their own."""
     results = tmp_path / "r.jsonl"
-    schemes = ["w8:per-channel", "w8:per-channel+paper"]
-    assert reproduce.main(arguments(folder, results, schemes=schemes, calibration=None)) == 0
-    plain, without, kept = rows_of(results).values()
-    assert kept["outliers"] == plain["outliers"] and without["bytes"] < kept["bytes"] < plain["bytes"]
-    assert "| w8 per-channel + paper |" in capsys.readouterr().out
+    schemes = [f"w8a8-static:per-tensor+{extra}" for extra in reproduce.EXTRAS]
+    assert reproduce.main(arguments(folder, results, ["gated"], schemes)) == 0
+    plain, *rows = rows_of(results).values()
+    assert [row["variant"] for row in rows] == [f"w8a8-static per-tensor + {extra}" for extra in reproduce.EXTRAS]
+    same = {extra for extra, row in zip(reproduce.EXTRAS, rows, strict=True) if row["outliers"] == plain["outliers"]}
+    assert same == {"bias-correction", "paper"}
+    smallest = min(row["bytes"] for row in rows)
+    assert smallest < rows[list(reproduce.EXTRAS).index("paper")]["bytes"] < plain["bytes"]
+    assert capsys.readouterr().out.count("| w8a8-static per-tensor + smoothquant |") == 3
 
 
 # --- resuming
