@@ -150,7 +150,9 @@ def test_what_rows_say_of_their_model(done):
     row = rows["gated", str(STATIC)]
     assert row["penalty"] == {"outlier_weight": 0.1, "outlier_tau": 6.0, "outlier_decoder_tau": 2.0}
     assert row["gate"]["kind"] == "per_head" and row["calibration"]["batches"] == 1
-    assert row["outliers"] == rows["gated", "float"]["outliers"] != rows["plain", "float"]["outliers"]
+    assert row["outliers"] == rows["gated", "float"]["outliers"] and row["outliers"].keys() == {"full", "variable"}
+    assert row["outliers"]["full"] != row["outliers"]["variable"]
+    assert rows["plain", "float"]["outliers"].keys() == {"full"}
     assert rows["gated", str(DYNAMIC)]["calibration"] is None
 
 
@@ -255,7 +257,8 @@ def made_row(**changed):
     return {"model": "m", "gate": {"kind": "per_head"}, "penalty": {"outlier_weight": 0.1, "outlier_tau": 6.0},
             "variant": "w8 per-tensor", "bytes": 38_160_000, "report": report, "comparison": difference,
             "agreement": {"native": [99, 100], "accented": [40, 50]}, "calibration": None, "commit": "abc1234",
-            "outliers": {"max_abs": 12.34, "kurtosis": 5.67}, "processor": "a chip, 2 cores", **changed}  # fmt: skip
+            "outliers": {"full": {"max_abs": 12.34, "kurtosis": 5.67}}, "processor": "a chip, 2 cores",
+            **changed}  # fmt: skip
 
 
 def test_the_table_has_both_parts_and_the_whole():
@@ -281,6 +284,11 @@ def test_cells_without_figures():
     assert "| - | float | - | 10.00 (8.00 to 12.00) | 5.00 (4.00 to 6.00) | - | - | - | 12.3 | 5.7 |" in text
     assert text.endswith("\n2 rows are not finished.")
     assert resulttable.markdown([], "c", {}, 3) == "`c`\n\n\n3 rows are not finished."
+
+
+def test_outliers_of_windows_that_are_cut_stand_behind_a_stroke():
+    both = {"variable": {"max_abs": 3, "kurtosis": 4}, "full": {"max_abs": 12.34, "kurtosis": 5.67}}
+    assert "| 12.3 / 3.0 | 5.7 / 4.0 |" in resulttable.markdown([made_row(outliers=both)], "c", {}, 0)
 
 
 def test_one_part_alone_is_the_whole():

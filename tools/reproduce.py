@@ -63,6 +63,7 @@ EXTRAS = {  # options of quantization
 }  # fmt: skip
 MOVING = ("smoothquant", "equalize", "rotate")  # change the float model's activations
 ACCENTED = ("speechocean762",)  # sources whose speakers have an accent
+ROW_VERSION = 1  # of what a row holds
 OUTLIER_UTTERANCES = 16  # measured for max abs and kurtosis, spread over the test manifest
 
 
@@ -142,8 +143,8 @@ class Work:
 
     def key(self, subject: Subject, variant: Variant) -> str:
         """Of all that decides the row's figures, but for the code and the last digits of floating point."""
-        facts = {"minigate": __version__, "model": subject.sha256, "variant": str(variant), "test": self.hashes["test"],
-                 "limit": self.args.limit, "accented": sorted(self.args.accented), "language": self.args.language,
+        facts = {"row": ROW_VERSION, "minigate": __version__, "model": subject.sha256, "variant": str(variant),
+                 "test": self.hashes["test"], "limit": self.args.limit, "accented": sorted(self.args.accented), "language": self.args.language,
                  "normaliser": wer.load_normaliser()[0], "outlier_utterances": OUTLIER_UTTERANCES}  # fmt: skip
         if variant != FLOAT:
             facts["options"] = asdict(variant.options)
@@ -242,11 +243,14 @@ class Work:
                 yield row, mel[None, :, : context_frames(model, n_frames)]
                 bar.update()
 
-    def _outliers(self, model: Model) -> dict:
-        """Of a float model, every window padded to 30 s."""
-        rows = spread(self.rows, OUTLIER_UTTERANCES)
-        summary = measure_rows(model, rows, "full", self.args.language).meter.summary()
-        return {name: summary[name] for name in ("max_abs", "max_abs_tensor", "kurtosis", "kurtosis_tensor")}
+    def _outliers(self, model: Model) -> dict[str, dict]:
+        """Of a float model by audio context: every window padded to 30 s and, where the model hears them so, cut."""
+        rows, found = spread(self.rows, OUTLIER_UTTERANCES), {}
+        for context in dict.fromkeys(("full", model.metadata["audio_context"])):
+            summary = measure_rows(model, rows, context, self.args.language).meter.summary()
+            names = ("max_abs", "max_abs_tensor", "kurtosis", "kurtosis_tensor")
+            found[context] = {name: summary[name] for name in names}
+        return found
 
     def _failed(self, row: Row, error: FileError) -> None:
         progress.say(f"{PROG}: {self.args.test}, line {row.line}: {error}")

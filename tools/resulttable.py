@@ -20,8 +20,8 @@ HEAD = ("model", "gate", "penalty", "arithmetic", "MB", "WER % (95 %)", "capped 
 NOTES = """WER: word error rate; capped: each utterance's errors at most its words. "To float": difference to the same
 model in float, paired bootstrap over utterances ({resamples} resamples); above 0 is worse. top-1: teacher-forced on the
 float model's tokens, positions with the same most likely token. max abs, kurtosis: of the float model that was rounded,
-largest and mean over its tensors, windows padded to 30 s. MB: 10^6 bytes, the model's file. penalty: weight, τ (or that
-of the encoder and that of the decoder)."""
+largest and mean over its tensors, windows padded to 30 s and, behind a stroke, as long as transcription hears them
+where it cuts them. MB: 10^6 bytes, the model's file. penalty: weight, τ (that of the encoder, that of the decoder)."""
 
 
 class Results:
@@ -111,7 +111,7 @@ def _cells(row: dict, figures: dict, part: str | None) -> list[str]:
         f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else "-",
         _rate(figures, "wer", "ci95"), _rate(figures, "wer_capped", "ci95_capped"),
         _rate(difference, "wer", "ci95", "+"), _rate(difference, "wer_capped", "ci95_capped", "+"),
-        _agreement(row["agreement"], part), f"{row['outliers']['max_abs']:.1f}", f"{row['outliers']['kurtosis']:.1f}",
+        _agreement(row["agreement"], part), *(_outliers(row["outliers"], name) for name in ("max_abs", "kurtosis")),
     ]  # fmt: skip
 
 
@@ -131,3 +131,7 @@ def _agreement(found: Mapping[str, Sequence[int]] | None, part: str | None) -> s
     counts = [n for name, n in (found or {}).items() if part in (None, name)]
     same, positions = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
     return f"{100 * same / positions:.2f}" if positions else "-"
+
+
+def _outliers(found: Mapping[str, Mapping], name: str) -> str:
+    return " / ".join(f"{found[context][name]:.1f}" for context in ("full", "variable") if context in found)
