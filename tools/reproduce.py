@@ -144,8 +144,9 @@ class Work:
     def key(self, subject: Subject, variant: Variant) -> str:
         """Of all that decides the row's figures, but for the code and the last digits of floating point."""
         facts = {"row": ROW_VERSION, "minigate": __version__, "model": subject.sha256, "variant": str(variant),
-                 "test": self.hashes["test"], "limit": self.args.limit, "accented": sorted(self.args.accented), "language": self.args.language,
-                 "normaliser": wer.load_normaliser()[0], "outlier_utterances": OUTLIER_UTTERANCES}  # fmt: skip
+                 "test": self.hashes["test"], "limit": self.args.limit, "accented": sorted(self.args.accented),
+                 "language": self.args.language, "normaliser": wer.load_normaliser()[0],
+                 "outlier_utterances": OUTLIER_UTTERANCES}  # fmt: skip
         if variant != FLOAT:
             facts["options"] = asdict(variant.options)
         if variant != FLOAT and variant.options.needs_speech:
