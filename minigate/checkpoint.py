@@ -105,7 +105,7 @@ def expected_tensors(metadata: Mapping) -> dict[str, tuple[tuple[int, ...], str]
                 shape = expected[f"{layer}.weight"][0]
                 expected[f"{layer}.weight"] = shape, "int8"
                 expected[f"{layer}.scale"] = shape[:1] if quantization["weights"] == "per-channel" else (), "float32"
-        helpers, D = quantization.get("helpers", {}), dims["n_audio_state"]
+        helpers, D = quantization.get("helpers") or {}, dims["n_audio_state"]
         if helpers.get("rotate"):
             expected[ROTATION] = (D,), "float"
         if helpers.get("smoothquant") is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minigate import calibrate, checkpoint, graph, kernels, sensitivity
+from minigate import calibrate, checkpoint, graph, kernels, sensitivity, transforms
 from minigate.calibrate import CalibrationOptions, Speech
 from minigate.command import check_stdout, run_main, say, show
 from minigate.errors import UsageError
@@ -112,8 +112,6 @@ class Prepared:
         """-> metadata and tensors of the quantized model."""
         metadata, tensors = self.quantization(keep_float), self.tensors
         if self.means is not None:
-            from minigate import transforms
-
             rounded = dequantize(metadata, quantize_weights(metadata, tensors))[1]
             tensors = transforms.bias_correction(self.metadata, tensors, rounded, self.means)
         return metadata, quantize_weights(metadata, tensors)
@@ -132,8 +130,6 @@ def prepare(
     graph.expand_keep_float(options.keep_float, metadata["dims"])
     if options.needs_speech and speech is None:
         raise UsageError("speech: expected a calibration set, got none")
-    if options.equalize or options.rotate or options.smoothquant is not None:
-        from minigate import transforms
     if options.equalize:
         metadata, tensors = transforms.equalize(metadata, tensors)
     if options.rotate:

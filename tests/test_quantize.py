@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-import minigate
 from minigate import calibrate, checkpoint, graph, quantize, quantizereport, tensorfile
 from minigate.calibrate import CalibrationOptions
 from minigate.errors import UsageError
+from minigate.model import Model
 from minigate.quantizeoptions import QuantizeOptions
 from tests.sounds import write_manifest
 from tests.test_calibrate import hearing_toy, speech
@@ -111,7 +111,7 @@ class Helpers:
 @pytest.fixture
 def helpers(monkeypatch):
     made = Helpers()
-    monkeypatch.setattr(minigate, "transforms", made, raising=False)
+    monkeypatch.setattr(quantize, "transforms", made)
     return made
 
 
@@ -158,6 +158,22 @@ def test_bias_correction_is_given_what_the_weights_become(tmp_path, helpers, sch
     np.testing.assert_array_equal(helpers.rounded["encoder.conv2.weight"], tensors["encoder.conv2.weight"])
     np.testing.assert_array_equal(out["encoder.ln_post.bias"], tensors["encoder.ln_post.bias"] + 1)
     assert ("ranges" in metadata["quantization"]) == (scheme == "w8a8-static")
+
+
+@pytest.mark.parametrize("scheme", checkpoint.SCHEMES)
+def test_with_every_helper_the_file_is_accepted_and_computes_what_the_float_model_does(tmp_path, scheme):
+    options = {"equalize": True, "rotate": True, "smoothquant": 0.5, "bias_correction": True}
+    tensors, made, (metadata, out) = prepared(tmp_path, scheme=scheme, weights="per-channel", **options)
+    path = tmp_path / "out.safetensors"
+    checkpoint.write(path, metadata, out)
+    file = checkpoint.read(path)
+    assert file.metadata["gate"]["kind"] == "all_heads" and file.metadata["quantization"]["helpers"] == options
+    heard, tokens = speech(tmp_path, metadata, (0.6, 1.1)).mel(0), np.array([[1, 2, 3, 4, 5, 6]])
+    plain = Model(hearing_toy("per_head", n_audio_ctx=30)[0], tensors)
+    models = [plain, Model(made.metadata, made.tensors), Model(file.metadata, file.tensors)]
+    expected, same, rounded = (m.decode(tokens, m.start(m.encode(heard)), all_positions=True) for m in models)
+    np.testing.assert_allclose(same, expected, atol=1e-3)
+    assert 0 < np.abs(rounded - expected).mean() < 0.2 * np.abs(expected).mean()
 
 
 def test_without_speech_where_it_is_needed():
