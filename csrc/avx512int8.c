@@ -164,7 +164,8 @@ TARGET static void sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, s
 
 const struct mg_int8_attention mg_avx512_int8 = {
     .few_queries = 8,
-    .dot_bytes = dot_bytes,
+    .score_panel = dot_bytes,
+    .sum_panel = dot_bytes,
     .score_keys = score_keys,
     .weigh = weigh,
     .sum_values = sum_values,

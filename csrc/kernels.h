@@ -102,8 +102,11 @@ struct mg_int8_attention {
     /* For more queries than this that share their keys, products are made of packed panels. */
     size_t few_queries;
 
-    /* dot_panel for a in uint8 and weights that may be -128; a (rows,k) with rows k rounded up to 4 apart. */
-    void (*dot_bytes)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows, size_t k);
+    /* dot_panel for a in uint8 and weights that may be -128; a (rows,k) with rows k rounded up to 4 apart.  sum_panel: of
+       probabilities, of which any two in a row add up to at most 256. */
+    void (*score_panel)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
+                        size_t k);
+    void (*sum_panel)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows, size_t k);
 
     /* scores[j] = sum_i (q[i] - zero) * k[j][i] for n keys; scores has room for n rounded up to MG_PANEL. */
     void (*score_keys)(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,

@@ -63,7 +63,7 @@ static void sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v
 }
 
 const struct mg_int8_attention mg_portable_int8 = {
-    .few_queries = SIZE_MAX,
+    .few_queries = SIZE_MAX,    /* no panels */
     .score_keys = score_keys,
     .weigh = weigh,
     .sum_values = sum_values,

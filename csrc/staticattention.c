@@ -141,7 +141,7 @@ static void score_panels(const struct attention *job, const struct room *room, c
             room->q[r * d4 + i] = i < job->d ? (uint8_t)(q[i] + 128) : 0;
     }
     for (size_t panel = 0; panel * MG_PANEL < n_keys; panel++)
-        job->kernels->int8->dot_bytes(room->scores + panel * job->kernels->max_rows * MG_PANEL, room->q,
+        job->kernels->int8->score_panel(room->scores + panel * job->kernels->max_rows * MG_PANEL, room->q,
                                       packed->keys + panel * key_bytes(job), packed->start + panel * MG_PANEL, rows,
                                       job->d);
 }
@@ -151,7 +151,7 @@ static void sum_panels(const struct attention *job, const struct room *room, con
 {
     static const int32_t zeros[MG_PANEL];
     for (size_t panel = 0; panel < job->sum_panels; panel++)
-        job->kernels->int8->dot_bytes(room->acc + panel * job->kernels->max_rows * MG_PANEL, room->p,
+        job->kernels->int8->sum_panel(room->acc + panel * job->kernels->max_rows * MG_PANEL, room->p,
                                       packed->values + panel * value_bytes(job), zeros, rows, n_keys);
 }
 

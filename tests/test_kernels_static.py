@@ -219,11 +219,12 @@ def test_attention_gates_masks_and_shared_keys(isa, gate, causal, out, rng):
         check_attention(rng, n_batch, k_batch, t_q, t_k, 2, 24, causal, gate, out)
 
 
-@pytest.mark.parametrize("fill", ["low", "high"])
+@pytest.mark.parametrize("fill", ["random", "low", "high"])
 @pytest.mark.parametrize("t_q", [1, 30])
 def test_attention_of_extreme_integers(isa, fill, t_q, rng):
-    check_attention(rng, 1, 1, t_q, 300, 2, 64, fill=fill)
-    check_attention(rng, 1, 1, t_q, 300, 2, 64, size=2.0)      # a softmax that is one key
+    for t_k, size in ((2, 0.05), (300, 0.05), (300, 2.0)):      # the last: a softmax that is one key
+        check_attention(rng, 1, 1, t_q, t_k, 2, 64, fill=fill, size=size)
+    check_attention(rng, 1, 1, t_q, t_q, 2, 64, causal=True, fill=fill, size=2.0)
 
 
 def attend_itself(rng, t_q, t_k, d):
