@@ -74,7 +74,8 @@ enum mg_status mg_attention(float *out, const float *q, const float *k, const fl
 /* ---- w8a8-static ---- */
 
 /* out = x + y of n numbers; y may be NULL. */
-enum mg_status mg_add_static(const struct mg_tensor *out, const struct mg_tensor *x, const struct mg_tensor *y, size_t n);
+enum mg_status mg_add_static(const struct mg_tensor *out, const struct mg_tensor *x, const struct mg_tensor *y,
+                             size_t n);
 
 /* out[i][j] = scale[i] * q[i][j].  out, q (m,n), scale (m). */
 enum mg_status mg_expand(float *out, const int8_t *q, const float *scale, size_t m, size_t n);
@@ -90,9 +91,9 @@ enum mg_status mg_linear_static(const struct mg_tensor *out, const struct mg_ten
 enum mg_status mg_layer_norm_static(const struct mg_tensor *out, const struct mg_tensor *x, const float *weight,
                                     const float *bias, float eps, size_t m, size_t n);
 
-/* mg_attention of q, k, v in int8 with P = rint(255 softmax) in uint8 for the softmax; scores and P v are exact.  With a
-   gate, P v is rounded to the grid of `ungated`, whose pointers are not used, before it is gated.
-   MG_BAD_VALUE: as mg_attention; or q, k or v is not int8, t_k > 32768, d > 32768, or a gate comes without `ungated`. */
+/* mg_attention of q, k, v in int8 with P = rint(255 softmax) in uint8 for the softmax; scores and P v are exact.  With
+   a gate, P v is rounded to the grid of `ungated`, whose pointers are not used, before it is gated.
+   MG_BAD_VALUE: as mg_attention; or q, k or v is not int8, t_k or d is above 32768, a gate comes without `ungated`. */
 enum mg_status mg_attention_static(const struct mg_tensor *out, const struct mg_tensor *ungated,
                                    const struct mg_tensor *q, const struct mg_tensor *k, const struct mg_tensor *v,
                                    const float *gate, size_t q_batch, size_t q_row, size_t k_batch, size_t k_row,

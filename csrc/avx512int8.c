@@ -126,8 +126,8 @@ TARGET static void score_keys(int32_t *scores, const int8_t *q, int32_t zero, co
     }
 }
 
-/* Four values at a time, 64 of their elements; most weights are zero.  Unpacking them leaves in a vector 4 elements from
-   every quarter of 16. */
+/* Four values at a time, 64 of their elements; most weights are zero.  Unpacking them leaves in a vector 4 elements of
+   every 16. */
 TARGET static void sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d)
 {
     for (size_t i = 0; i < d; i += BYTES) {

@@ -265,7 +265,8 @@ static void add_some(void *context, size_t task, size_t worker)
     job->kernels->finish(&f, mg_min(ROW_FLOATS, job->n - at));
 }
 
-enum mg_status mg_add_static(const struct mg_tensor *out, const struct mg_tensor *x, const struct mg_tensor *y, size_t n)
+enum mg_status mg_add_static(const struct mg_tensor *out, const struct mg_tensor *x, const struct mg_tensor *y,
+                             size_t n)
 {
     struct rows job = {.kernels = mg_kernels(), .out = mg_target_of(out), .x = mg_source_of(x), .n = n};
     if (y != NULL)

@@ -88,8 +88,8 @@ struct mg_target {
     int32_t zero;
 };
 
-/* A row of an epilogue: out = [gelu](x + bias) + residual.  factor, bias and residual may be missing: all NULL.  factor[i]
-   multiplies the scale of x, whose numbers are then integers. */
+/* A row of an epilogue: out = [gelu](x + bias) + residual.  factor, bias and residual may be missing: all NULL.
+   factor[i] multiplies the scale of x, whose numbers are then integers. */
 struct mg_finish {
     struct mg_target out;
     struct mg_source x, residual;
@@ -102,8 +102,8 @@ struct mg_int8_attention {
     /* For more queries than this that share their keys, products are made of packed panels. */
     size_t few_queries;
 
-    /* dot_panel for a in uint8 and weights that may be -128; a (rows,k) with rows k rounded up to 4 apart.  sum_panel: of
-       probabilities, of which any two in a row add up to at most 256. */
+    /* dot_panel for a in uint8 and weights that may be -128; a (rows,k) with rows k rounded up to 4 apart.  sum_panel:
+       of probabilities, of which any two in a row add up to at most 256. */
     void (*score_panel)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
                         size_t k);
     void (*sum_panel)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows, size_t k);
@@ -112,12 +112,12 @@ struct mg_int8_attention {
     void (*score_keys)(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
                        size_t d);
 
-    /* p[j] = rint(255 * softmax(unit * scores)[j]) for n scores, of which MG_PANEL at a time are dense, `stride` apart; -> the
-       sum of p.  scores are overwritten. */
+    /* p[j] = rint(255 * softmax(ln 2 * unit * scores)[j]) for n scores, of which MG_PANEL at a time are dense, `stride`
+       apart; -> the sum of p.  scores are overwritten. */
     uint32_t (*weigh)(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
 
-    /* acc[i] = sum_j p[j] * v[j][i] for n values; p is 0 from n up to the next multiple of 4, acc has room for d rounded up to
-       MG_PANEL. */
+    /* acc[i] = sum_j p[j] * v[j][i] for n values; p is 0 from n up to the next multiple of 4, acc has room for d rounded
+       up to MG_PANEL. */
     void (*sum_values)(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d);
 };
 extern const struct mg_int8_attention mg_portable_int8;
@@ -134,8 +134,8 @@ extern const struct mg_rows mg_portable_rows;
 struct mg_kernels {
     const char *name;
 
-    /* Integer product.  pack_rows copies rows of a (rows,k), one after the other, in the form that dot_panel reads: plus
-       offset, k rounded up to 4.  dot_panel makes acc (rows, MG_PANEL) = start + (a + offset) w^T of rows <= max_rows
+    /* Integer product.  pack_rows copies rows of a (rows,k), one after the other, in the form that dot_panel reads:
+       plus offset, k rounded up to 4.  dot_panel makes acc (rows, MG_PANEL) = start + (a + offset) w^T of rows <= max_rows
        of them and one packed panel; start (MG_PANEL) takes what the offset adds away again. */
     size_t max_rows;
     int32_t offset;

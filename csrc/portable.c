@@ -39,8 +39,8 @@ MG_INLINE shorts twice(const int8_t *row)
     return widened(&eight);
 }
 
-/* sum[j] = start[j] + sum_k a[k] * panel[k][j].  Two products fit 16 bits (w is never -128); pairs of them are added in 32 bits, two
-   sums for each column, which are added at the end. */
+/* sum[j] = start[j] + sum_k a[k] * panel[k][j].  Two products fit 16 bits (w is never -128); pairs of them are added in
+   32 bits, two sums for each column, which are added at the end. */
 static void dot_row(int32_t *sum, const int8_t *row, const int8_t *panel, const int32_t *start, size_t k4)
 {
     enum { COLUMNS = 16, SUMS = COLUMNS / 2 };

@@ -1,8 +1,9 @@
-/* Plain C: attention in int8, the specification of the other instruction sets.  Keys and values are read where they are;
-   compilers make vectors of 16 bits and 32 bits of the products. */
+/* Plain C: attention in int8, the specification of the other instruction sets.  Keys and values are read where they
+   are; compilers make vectors of 16 bits and 32 bits of the products. */
 #include "lanes.h"
 
-static void score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n, size_t d)
+static void score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
+                       size_t d)
 {
     for (size_t j = 0; j < n; j++, k += k_row) {
         int32_t score = 0;

@@ -1,10 +1,10 @@
 /* Attention in int8: scores and sums of values exact, the softmax between them in float32 over all keys of a query, its
    probabilities rounded to uint8.  A task is a block of queries of one head.
 
-   Many queries share keys: these, and the values, are packed once into panels like weights, and max_rows queries at a time
-   are multiplied with them.  A few queries, as in decoding, read keys and values where they are.  What a score lacks
-   there, zero point of the keys times the sum of q - q.zero, is the same for all keys of a query and so for its
-   softmax. */
+   Many queries share keys: these, and the values, are packed once into panels like weights, and max_rows queries at a
+   time are multiplied with them.  A few queries, as in decoding, read keys and values where they are.  What is left out
+   of scores, the zero point of the keys times the sum of q - q.zero, is the same for all keys of a query: its softmax
+   does not change. */
 #include "kernels.h"
 
 #include <math.h>
