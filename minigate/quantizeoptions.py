@@ -97,8 +97,8 @@ def _add_helpers(group) -> None:
                        "outputs into the weights behind them: 0 not at all, 1 wholly (0.5 is usual; default: off)")
     group.add_argument("--bias-correction", action="store_true", help="take the mean error of rounded weights off the "
                        "biases (default: off)")
-    group.add_argument("--equalize", action="store_true", help="even out the ranges between an attention's linears, value "
-                       "and out, query and key (default: off)")
+    group.add_argument("--equalize", action="store_true", help="even out the ranges between an attention's linears, "
+                       "value and out, query and key (default: off)")
     group.add_argument("--rotate", action="store_true", help="rotate the encoder's residual stream, which spreads its "
                        "outliers (default: off)")
 
