@@ -23,7 +23,7 @@ from minigate.augment import AugmentOptions
 from minigate.data import FRAMES_PER_S, MODES, Window, plan_hash
 from minigate.errors import FileError, UsageError
 from minigate.labels import Label, Labeller
-from minigate.mel import CHUNK_LENGTH_S, N_FRAMES
+from minigate.mel import CHUNK_LENGTH_S
 from minigate.melcache import pad
 
 AUDIO_CONTEXTS = MODES[:2]
@@ -49,6 +49,7 @@ class Batch:
     teacher_hidden: np.ndarray  # (B, L, D) float16: teacher's final-norm output where targets >= 0, zeros elsewhere
     frames: np.ndarray  # (B,) int64: positions of the encoder's output, 20 ms each, that are the window's own length
     seconds: float  # of sound, without padding
+    teacher_xa: np.ndarray | None = None  # (B, T / 2, D) float16: the teacher's, in a row's own frames
 
 
 class Order:
@@ -68,8 +69,7 @@ class Order:
             raise FileError("training data: expected a window of sound at least, got none")
         self.windows, self.seed = list(windows), seed
         self.batch_seconds, self.padded_share = batch_seconds, padded_share
-        rounded = [w.rounded_s for w in windows]
-        self.length_s = np.array(rounded if audio_context == "variable" else [CHUNK_LENGTH_S] * len(windows))
+        self.length_s = np.array([w.heard_s(audio_context) for w in windows])
         self.data = f"{plan_hash(windows)[:32]} {audio_context} {batch_seconds:g} {seed} {padded_share:g}"
         self.epoch, self.index = 0, 0  # of the batch that next() gives
         self._batches = self._epoch(0)
@@ -127,7 +127,7 @@ class Batches:
 
     def __init__(self, labeller: Labeller, audio_context: str, options: AugmentOptions | None = None, seed: int = 0):
         self.labeller, self.mels = labeller, labeller.mels
-        self.variable = audio_context == "variable"
+        self.audio_context = audio_context
         self.options, self.seed = options or AugmentOptions(), seed
 
     def load(self, draw: Draw, rank: int = 0, ranks: int = 1) -> Batch | None:
@@ -138,10 +138,11 @@ class Batches:
             return None
         windows = tuple(window for window, _ in share)
         tokens_in, targets, hidden = decoder_arrays([label for _, label in share])
-        own = [window.rounded_s if self.variable else CHUNK_LENGTH_S for window in windows]
+        frames = np.array([window.heard_s(self.audio_context) for window in windows]) * FRAMES_PER_S // 2
         mel = pad([self.student_mel(window, draw.epoch) for window in windows], draw.length_s * FRAMES_PER_S)
-        return Batch(windows, mel, tokens_in, targets, hidden, frames=np.array(own) * FRAMES_PER_S // 2,
-                     seconds=sum(window.seconds for window in windows))  # fmt: skip
+        encodings = [self.labeller.encoding(window) for window in windows]
+        xa = None if encodings[0] is None else pad_encodings(encodings, mel.shape[2] // 2)
+        return Batch(windows, mel, tokens_in, targets, hidden, frames, sum(window.seconds for window in windows), xa)
 
     def student_mel(self, window: Window, epoch: int) -> np.ndarray:
         """-> (n_mels, window.frames) float32, with the noise and the masks of this epoch."""
@@ -157,9 +158,13 @@ class Batches:
             mel = self.mels.content(window)
         return augment.spec_augment(mel, self.options, augment.generator(self.seed, epoch, window_id, augment.MASKS))
 
-    def teacher_mel(self, batch: Batch) -> np.ndarray:
-        """-> (B, n_mels, 3000) float32, what the teacher heard: clean and padded to 30 s."""
-        return self.mels.padded(batch.windows, N_FRAMES)
+
+def pad_encodings(encodings: Sequence[np.ndarray], positions: int) -> np.ndarray:
+    """B of (T, D) float16 -> (B, positions, D), zeros behind a row's end."""
+    padded = np.zeros((len(encodings), positions, encodings[0].shape[1]), np.float16)
+    for row, encoding in zip(padded, encodings, strict=True):
+        row[: len(encoding)] = encoding
+    return padded
 
 
 def decoder_arrays(labels: Sequence[Label]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

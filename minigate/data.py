@@ -27,7 +27,7 @@ from minigate.audio import SAMPLE_RATE, open_audio
 from minigate.augment import AugmentOptions, as_fraction, change_gain, change_speed, sped_up_samples
 from minigate.errors import FileError, UsageError
 from minigate.manifest import Row
-from minigate.mel import HOP_LENGTH, N_SAMPLES
+from minigate.mel import CHUNK_LENGTH_S, HOP_LENGTH, N_SAMPLES
 
 MODES = ("full", "variable", "single")
 PAUSE_S = 0.5  # seconds of digital silence between two utterances of a window
@@ -93,6 +93,10 @@ class Window:
     def rounded_s(self) -> int:
         """Seconds that a student with variable context hears."""
         return max(LEAST_WINDOW_S, -(-self.frames // FRAMES_PER_S))
+
+    def heard_s(self, audio_context: str) -> int:
+        """Seconds that a student with this context, "full" or "variable", hears."""
+        return self.rounded_s if audio_context == "variable" else CHUNK_LENGTH_S
 
     @property
     def text(self) -> str | None:

@@ -65,9 +65,8 @@ class DevSet:
             batch = None if stopped() else self.batches.load(draw)
             if batch is None:
                 continue
-            xa = teacher_xa(self.batches, batch) if options.hidden_weight else None
             counts = np.array([(batch.targets >= 0).sum()] * 2 + [batch.frames.sum(), len(batch.mel)])
-            sums += [counts * distillation.losses(batch, xa).array(), counts]
+            sums += [counts * distillation.losses(batch).array(), counts]
         sums = self.processes.total(sums)
         kl, ce, hidden, outlier = (float(v) for v in sums[0] / np.maximum(sums[1], 1))
         total = options.kl_weight * kl + options.ce_weight * ce + options.hidden_weight * hidden + outlier
@@ -87,7 +86,7 @@ class DevSet:
         return draws
 
     def _length_s(self, window: Window) -> int:
-        return window.rounded_s if self.batches.variable else CHUNK_LENGTH_S
+        return window.heard_s(self.batches.audio_context)
 
     def _share(self, items: Sequence) -> list:
         return items[self.processes.rank :: self.processes.ranks]
@@ -125,11 +124,6 @@ class DevSet:
             if batch is not None:
                 observe(student, batch, meter)
         return meter.items()
-
-
-def teacher_xa(batches: Batches, batch: Batch) -> np.ndarray:
-    """-> (B, 1500, D), what the teacher's encoder makes of a batch's windows."""
-    return batches.labeller.teacher.encode(batches.teacher_mel(batch))
 
 
 def observe(student: Model, batch: Batch, meter: Meter) -> None:

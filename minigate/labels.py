@@ -6,10 +6,13 @@
 where each of them is predicted, in float16. From it the teacher's logits follow at any temperature:
 `hidden @ token_embedding.T`. Greedy decoding obeys the rules of transcription; the logits are those before the rules.
 
+Where the encoders' outputs are compared too, `encoding` is the teacher's for the part of the window that the student
+hears, in float16 as well, kept beside the label: recomputing it costs as much as a step.
+
 A window is labelled either with timestamps or without. Which, its hash decides (`with_timestamps`), so that it stays
 so from epoch to epoch, from run to run and whatever the seed is.
 
-Shapes: B windows, n targets, P opening tokens, L positions, D n_state.
+Shapes: B windows, T positions of the encoder, n targets, P opening tokens, L positions, D n_state.
 """
 
 import hashlib
@@ -23,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from minigate import decoding, progress, tensorfile, wer
-from minigate.data import DamagedRecording, Window
+from minigate.data import FRAMES_PER_S, DamagedRecording, Window
 from minigate.errors import FileError, UsageError
 from minigate.melcache import MelCache
 from minigate.options import DecodingOptions
@@ -127,17 +130,36 @@ class LabelCache:
 
     def put(self, window_id: str, timestamps: bool, label: Label) -> None:
         """Raises FileError when the disk is full."""
-        path = self._path(window_id, timestamps)
+        tensors = {"opening": label.opening, "targets": label.targets, "hidden": label.hidden}
+        self._write(self._path(window_id, timestamps), window_id, tensors)
+
+    def encoding(self, window_id: str, positions: int) -> np.ndarray | None:
+        """-> (positions, D) float16, mapped; None when it is missing, damaged or shorter. FileError as `get`."""
+        path = self._file(window_id, "encoding")
+        try:
+            metadata, tensors = tensorfile.read(path)
+            found = tensors["encoding"]
+        except (FileError, KeyError):
+            return None
+        self._check(path, "teacher_sha256", self.teacher_hash, metadata.get("teacher_sha256"))
+        return found[:positions] if found.ndim == 2 and len(found) >= positions else None
+
+    def put_encoding(self, window_id: str, encoding: np.ndarray) -> None:
+        """encoding (T, D). Raises FileError when the disk is full."""
+        self._write(self._file(window_id, "encoding"), window_id, {"encoding": encoding.astype(np.float16)})
+
+    def _path(self, window_id: str, timestamps: bool) -> Path:
+        return self._file(window_id, "timestamps" if timestamps else "text")
+
+    def _file(self, window_id: str, kind: str) -> Path:
+        return self.folder / window_id[:2] / f"{window_id}.{kind}"
+
+    def _write(self, path: Path, window_id: str, tensors: dict[str, np.ndarray]) -> None:
         try:
             path.parent.mkdir(exist_ok=True)
         except OSError as error:
             raise FileError(f"{path.parent}: cannot be written: {error.strerror or error}") from None
-        tensors = {"opening": label.opening, "targets": label.targets, "hidden": label.hidden}
         tensorfile.write(path, tensors, {"window": window_id, "teacher_sha256": self.teacher_hash})
-
-    def _path(self, window_id: str, timestamps: bool) -> Path:
-        kind = "timestamps" if timestamps else "text"
-        return self.folder / window_id[:2] / f"{window_id}.{kind}"
 
     def _check(self, where: Path, field: str, expected, got) -> None:
         if got != expected:
@@ -176,13 +198,16 @@ def _write_whole(path: Path, text: str) -> None:
 class Labeller:
     """Windows -> labels, from the cache or by the teacher, and which of them are used.
 
-    teacher     a model.Model
-    left_out    how many labels were not used, by reason
+    teacher       a model.Model
+    encoding_for  the student's audio context, when the teacher's encodings are wanted too
+    left_out      how many labels were not used, by reason
     """
 
     def __init__(self, teacher, cache: LabelCache, mels: MelCache, options: LabelOptions | None = None,
-                 report: Callable[[str], object] = lambda line: print(line, file=sys.stderr)):  # fmt: skip
+                 report: Callable[[str], object] = lambda line: print(line, file=sys.stderr),
+                 encoding_for: str | None = None):  # fmt: skip
         self.teacher, self.cache, self.mels, self.options = teacher, cache, mels, options or LabelOptions()
+        self.encoding_for = encoding_for
         self.recordings = mels.recordings
         self.left_out = {"unreadable": 0, "compression_ratio": 0, "wer": 0}
         self._verdict: dict[Window, bool] = {}  # whether a window is used
@@ -197,7 +222,7 @@ class Labeller:
         with progress.bar(len(windows), "hashing sound", " windows", shown=shown) as bar:
             for window in windows:
                 key = self._key(window)
-                if key and key not in missing and not self.cache.has(*key):
+                if key and key not in missing and not (self.cache.has(*key) and self._has_encoding(key[0], window)):
                     missing[key] = window
                 bar.update()
         order = sorted(missing, key=lambda key: (key[1], missing[key].samples))  # what is alike ends together
@@ -241,22 +266,46 @@ class Labeller:
 
     def _label(self, missing: Sequence[tuple[tuple[str, bool], Window]]) -> None:
         """Label windows, together, and put them into the cache; those whose sound is damaged are counted."""
-        keys, mels, frames = [], [], 2 * self.teacher.dims.n_audio_ctx
+        found, mels, frames = [], [], 2 * self.teacher.dims.n_audio_ctx
         for key, window in missing:
             try:
                 mels.append(self.mels.padded([window], frames))
-                keys.append(key)
+                found.append((key, window))
             except DamagedRecording as error:
                 self.recordings.fail(error.recording, error)
-        if not keys:
+        if not found:
             return
-        xa = self.teacher.encode(np.concatenate(mels))
+        xa, keys = self.teacher.encode(np.concatenate(mels)), [key for key, _ in found]
+        for (key, window), encoding in zip(found, xa, strict=True):
+            if not self._has_encoding(key[0], window):
+                self.cache.put_encoding(key[0], encoding[: self._positions(window)])
         for timestamps in (True, False):
-            rows = [i for i, key in enumerate(keys) if key[1] is timestamps]
+            rows = [i for i, key in enumerate(keys) if key[1] is timestamps and self.cache.get(*key) is None]
             if rows:
                 for i, label in zip(rows, label_windows(self.teacher, xa[rows], self.options.language, timestamps),
                                     strict=True):  # fmt: skip
                     self.cache.put(*keys[i], label)
+
+    def encoding(self, window: Window) -> np.ndarray | None:
+        """-> (T, D) float16 for what the student hears of a window that is usable, made if it is missing; None where
+        encodings are not wanted."""
+        if self.encoding_for is None:
+            return None
+        window_id, positions = self.recordings.window_id(window), self._positions(window)
+        found = self.cache.encoding(window_id, positions)
+        if found is None:
+            self._label([(self._key(window), window)])
+            found = self.cache.encoding(window_id, positions)
+        if found is None:
+            raise FileError(f"{self.cache.folder}: the encoding of window {window_id} cannot be read back")
+        return found
+
+    def _positions(self, window: Window) -> int:
+        return window.heard_s(self.encoding_for) * FRAMES_PER_S // 2
+
+    def _has_encoding(self, window_id: str, window: Window) -> bool:
+        """Whether it is there or not wanted."""
+        return not self.encoding_for or self.cache.encoding(window_id, self._positions(window)) is not None
 
     def _objection(self, window: Window, label: Label | None) -> str | None:
         """Why a label is not used, or None."""

@@ -143,27 +143,26 @@ class Distillation:
         n_tensors = distill.n_penalized(vars(dims), options.outlier_tensors)
         ops.penalty = OutlierPenalty(options, n_tensors) if options.outlier_weight else None
 
-    def forward_backward(self, batch: Batch | None, teacher_xa: np.ndarray | None = None,
-                         share: Share = WHOLE) -> Losses:  # fmt: skip
+    def forward_backward(self, batch: Batch | None, share: Share = WHOLE) -> Losses:
         """Add the gradients of this part of the loss to `ops.grads` -> the part of each loss.
 
-        teacher_xa (B, 1500, D): the teacher's encoder output, needed when hidden_weight is not 0. batch None: this
-        process has no window here, but must call all the same.
+        The batch has the teacher's encoder output when hidden_weight is not 0. batch None: this process has no window
+        here, but must call all the same.
         """
         length = self.processes.largest(0 if batch is None else batch.targets.shape[1])
         if batch is None:
             return Losses(outlier=self._settle(share, self.processes))
-        losses, dxa, dhidden = self._losses(lengthen(batch, length), teacher_xa, share, self.processes)
+        losses, dxa, dhidden = self._losses(lengthen(batch, length), share, self.processes)
         self._backward(dxa, dhidden)
         return losses
 
-    def losses(self, batch: Batch, teacher_xa: np.ndarray | None = None) -> Losses:
+    def losses(self, batch: Batch) -> Losses:
         """The batch's losses alone: no gradients, and no other process takes part."""
-        losses, _, _ = self._losses(batch, teacher_xa, WHOLE, Alone())
+        losses, _, _ = self._losses(batch, WHOLE, Alone())
         self.ops.stack.clear()
         return losses
 
-    def _losses(self, batch, teacher_xa, share, processes):
+    def _losses(self, batch, share, processes):
         """-> losses, dxa (B, T, D) or None, and the scored positions with the gradient of their logits (M, V)."""
         ops, options = self.ops, self.options
         if ops.penalty:
@@ -180,7 +179,7 @@ class Distillation:
                                 options, share.tokens, ops.bf16)  # fmt: skip
         mse, dxa = 0.0, None
         if options.hidden_weight:
-            teacher_xa = teacher_xa[:, : xa.shape[1]].astype(ops.dtype, copy=False)
+            teacher_xa = batch.teacher_xa[:, : xa.shape[1]].astype(ops.dtype, copy=False)
             mse, dxa = distill.hidden_mse(xa, teacher_xa, batch.frames, share.frames * options.hidden_weight)
         losses = Losses(share.tokens * kl, share.tokens * ce, share.frames * mse, outlier)
         return losses, dxa, (hidden.shape, scored, logits)

@@ -105,7 +105,9 @@ def make_trainer(args: Namespace, settings: Settings, teacher_file: checkpoint.M
         recordings = Recordings(str(manifest), cache.folder / "recordings.jsonl", t.max_unreadable, *[_silent] * quiet)
         windows = make_windows(recordings.measure(read_manifest(manifest)), mode, pack_seed, augment)
         mels = MelCache(recordings, teacher.dims.n_mels, args.mel_cache or args.output / "mels")
-        return Batches(Labeller(teacher, cache, mels, label_options), t.audio_context, augment, t.seed), windows
+        encoding_for = t.audio_context if settings.distill.hidden_weight else None
+        labeller = Labeller(teacher, cache, mels, label_options, encoding_for=encoding_for)
+        return Batches(labeller, t.audio_context, augment, t.seed), windows
 
     batches, windows = prepare(args.train, t.audio_context, settings.augment, settings.label)
     dev_batches, dev_windows = prepare(args.dev, "single", None, replace(settings.label, max_wer=None))

@@ -178,10 +178,7 @@ class Trainer:
         """-> the losses and the seconds of sound, of all processes; gradients of this one in ops.grads."""
         sums = np.zeros(5)
         for batch, share in zip(batches, shares(batches, self.processes), strict=True):
-            xa = None
-            if self.settings.distill.hidden_weight and batch is not None:
-                xa = devset.teacher_xa(self.batches, batch)
-            losses = self.distillation.forward_backward(batch, xa, share)
+            losses = self.distillation.forward_backward(batch, share)
             sums += [*losses.array(), batch.seconds if batch else 0.0]
         *losses, seconds = (float(v) for v in self.processes.total(sums))
         return Losses(*losses), seconds

@@ -160,9 +160,10 @@ def corpus(teacher, tmp_path_factory):
     """A mode -> windows of six short recordings, and a labeller that keeps its labels."""
     folder = tmp_path_factory.mktemp("corpus")
     recordings, found = measured(folder, [0.5, 1.2, 2.5, 0.3, 3.1, 0.8])
-    labeller = Labeller(teacher, LabelCache(folder / "labels", "00" * 32), MelCache(recordings, 8, folder / "mel"))
+    cache, mels = LabelCache(folder / "labels", "00" * 32), MelCache(recordings, 8, folder / "mel")
 
-    def make(mode, augment=None):
+    def make(mode, augment=None, encoding_for=None):
+        labeller = Labeller(teacher, cache, mels, encoding_for=encoding_for)
         return make_windows(found, mode, 0, augment), labeller
 
     return make
@@ -180,7 +181,8 @@ def test_arrays_of_a_step(corpus, teacher, mode):
     own_s = [w.rounded_s if mode == "variable" else 30 for w in draw.windows]
     assert batch.frames.tolist() == [50 * s for s in own_s]
     assert batch.seconds == pytest.approx(sum(w.samples for w in draw.windows) / 16000)
-    whole = loader.teacher_mel(batch)
+    whole = loader.mels.padded(batch.windows, 3000)
+    assert batch.teacher_xa is None
     assert whole.shape == (rows, 8, 3000)
     np.testing.assert_array_equal(batch.mel, whole[:, :, : batch.mel.shape[2]])
     scored = batch.targets >= 0
@@ -188,6 +190,18 @@ def test_arrays_of_a_step(corpus, teacher, mode):
     logits = teacher.decode(batch.tokens_in, teacher.start(teacher.encode(whole)), all_positions=True)
     found = batch.teacher_hidden.astype(np.float32) @ teacher.ops.p["decoder.token_embedding.weight"].T
     np.testing.assert_allclose(found[scored], logits[scored], atol=0.02)
+
+
+@pytest.mark.parametrize("mode", ["full", "variable"])
+def test_the_teachers_encoding_of_what_the_student_hears(corpus, teacher, mode):
+    windows, labeller = corpus(mode, encoding_for=mode)
+    loader = Batches(labeller, mode)
+    batch = loader.load(batches.Draw(0, tuple(sorted(windows, key=lambda w: w.samples)[-2:]), 30))
+    whole = teacher.encode(loader.mels.padded(batch.windows, 3000)).astype(np.float16)
+    assert batch.teacher_xa.shape == whole.shape and batch.teacher_xa.dtype == np.float16
+    for got, expected, frames in zip(batch.teacher_xa, whole, batch.frames, strict=True):
+        np.testing.assert_array_equal(got[:frames], expected[:frames])
+        assert not got[frames:].any()
 
 
 def test_shares_make_up_the_batch(corpus):
@@ -218,7 +232,7 @@ def test_a_shorter_window_of_a_batch_is_padded_with_zeros(corpus):
 
 @pytest.mark.parametrize("options", [AugmentOptions(noise_share=1), AugmentOptions(time_masks=1, freq_masks=1)])
 def test_noise_and_masks_are_for_the_student_alone_and_change_with_the_epoch(corpus, options):
-    windows, labeller = corpus("variable")
+    windows, labeller = corpus("variable", encoding_for="variable")
     clean, noisy = Batches(labeller, "variable"), Batches(labeller, "variable", options, seed=5)
     draw = Order(windows, "variable", 80, 0).next()
     later = batches.Draw(1, draw.windows, draw.length_s)
@@ -229,7 +243,7 @@ def test_noise_and_masks_are_for_the_student_alone_and_change_with_the_epoch(cor
     for other in (b, d):
         np.testing.assert_array_equal(other.targets, a.targets)
         np.testing.assert_array_equal(other.teacher_hidden, a.teacher_hidden)
-        np.testing.assert_array_equal(noisy.teacher_mel(other), clean.teacher_mel(a))
+        np.testing.assert_array_equal(other.teacher_xa, a.teacher_xa)
 
 
 def test_labels_that_are_not_used_leave_the_batch(corpus, teacher):

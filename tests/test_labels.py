@@ -154,6 +154,33 @@ def test_a_damaged_label_is_made_anew(teacher, sound, tmp_path):
         np.testing.assert_array_equal(again.usable(window).hidden, label.hidden)
 
 
+def encodings(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*.encoding")}
+
+
+def test_encodings_are_kept_beside_the_labels_when_asked(teacher, sound, tmp_path, monkeypatch):
+    mels, windows = sound
+    cache = LabelCache(tmp_path / "labels", HASH)
+    plain = Labeller(teacher, cache, mels)
+    plain.ensure(windows)
+    assert plain.encoding(windows[0]) is None and not encodings(tmp_path)
+    before = contents(tmp_path / "labels")
+    Labeller(teacher, cache, mels, encoding_for="variable").ensure(windows)  # labels are there already
+    made = encodings(tmp_path)
+    assert len(made) == len(windows) and contents(tmp_path / "labels").items() >= before.items()
+    again = Labeller(teacher, cache, mels, encoding_for="variable")
+    path = cache._file(mels.recordings.window_id(windows[0]), "encoding")
+    short = np.ones((50, 32), np.float16)  # of a context that heard less
+    for damage in (path.unlink, lambda: path.write_bytes(path.read_bytes()[:-9]),
+                   lambda: cache.put_encoding(path.stem, short)):  # fmt: skip
+        damage()
+        found = again.encoding(windows[0])
+        expected = teacher.encode(mels.padded(windows[:1], FRAMES))[0, : 50 * windows[0].rounded_s]
+        np.testing.assert_array_equal(found, expected.astype(np.float16))
+    monkeypatch.setattr(teacher, "encode", lambda mel: pytest.fail("encoded again"))
+    again.ensure(windows)
+
+
 def test_a_full_disk_is_said(teacher, sound, tmp_path, monkeypatch):
     mels, windows = sound
     labeller = Labeller(teacher, LabelCache(tmp_path / "labels", HASH), mels)

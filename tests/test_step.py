@@ -18,13 +18,13 @@ BF16 = 2e-2
 
 def distillation(kind="per_head", dtype=np.float64, options=training.DISTILL, bf16=False, **more):
     ops = tape.Recorded(training.metadata(kind), training.tensors(kind), dtype, bf16)
-    return step.Distillation(ops, model.Dims(**training.DIMS), options, training.batch()[2].astype(dtype), **more)
+    return step.Distillation(ops, model.Dims(**training.DIMS), options, training.batch()[1].astype(dtype), **more)
 
 
 def rows(batch, places):
     """A batch of some of the windows."""
     places = list(places)
-    arrays = ("mel", "tokens_in", "targets", "teacher_hidden", "frames")
+    arrays = ("mel", "tokens_in", "targets", "teacher_hidden", "frames", "teacher_xa")
     return replace(batch, **{name: getattr(batch, name)[places] for name in arrays})
 
 
@@ -44,13 +44,13 @@ def total(parts):
 
 def train(kind, dtype, bf16=False):
     """-> (10, 6) like KIND.losses, and the first step's gradients."""
-    batch, xa, _ = training.batch()
+    batch, _ = training.batch()
     student, table, first = distillation(kind, dtype, bf16=bf16), [], None
     frozen = {"encoder.positional_embedding"}
     adamw = optim.AdamW(student.ops.p, training.OPTIM, frozen)
     for number in range(1, training.STEPS + 1):
         student.ops.grads.clear()
-        losses = student.forward_backward(batch, xa)
+        losses = student.forward_backward(batch)
         first = first or {name: g.copy() for name, g in student.ops.grads.items()}
         norm = adamw.norm(student.ops.grads)
         table.append([losses.loss(training.DISTILL), *losses.array(), norm])
@@ -83,15 +83,15 @@ def test_losses_in_float32_and_bf16_are_torchs():
 
 def test_gradient_of_the_loss_along_a_direction():
     options = replace(training.DISTILL, outlier_tensors=distill.OUTLIER_GROUPS)
-    student, (batch, xa, _) = distillation("all_heads", options=options), training.batch()
-    student.forward_backward(batch, xa)
+    student, (batch, _) = distillation("all_heads", options=options), training.batch()
+    student.forward_backward(batch)
     for name in ("encoder.conv1.weight", "decoder.token_embedding.weight", "encoder.blocks.1.mlp.2.weight",
                  "encoder.blocks.1.mlp.0.weight", "decoder.blocks.0.cross_attn.key.weight"):  # fmt: skip
         value = student.ops.p[name]
 
         def f(x, value=value):
             value[...] = x
-            return student.losses(batch, xa).loss(options)
+            return student.losses(batch).loss(options)
 
         start = value.copy()
         check_gradient(f, start, student.ops.grads[name], np.random.default_rng(0), rtol=1e-5)
@@ -99,29 +99,29 @@ def test_gradient_of_the_loss_along_a_direction():
 
 
 def test_losses_alone_leave_nothing_behind():
-    student, (batch, xa, _) = distillation(), training.batch()
-    alone = student.losses(batch, xa)
+    student, (batch, _) = distillation(), training.batch()
+    alone = student.losses(batch)
     assert not student.ops.stack and not student.ops.grads
-    assert alone == student.forward_backward(batch, xa)
+    assert alone == student.forward_backward(batch)
 
 
 def test_teachers_logits_come_in_pieces(monkeypatch):
-    whole, pieces, (batch, xa, _) = distillation(), distillation(), training.batch()
-    expected = whole.forward_backward(batch, xa).array()
+    whole, pieces, (batch, _) = distillation(), distillation(), training.batch()
+    expected = whole.forward_backward(batch).array()
     monkeypatch.setattr(step, "ROWS", 4)
-    np.testing.assert_allclose(pieces.forward_backward(batch, xa).array(), expected, rtol=1e-12)
+    np.testing.assert_allclose(pieces.forward_backward(batch).array(), expected, rtol=1e-12)
     for name, gradient in whole.ops.grads.items():
         np.testing.assert_allclose(pieces.ops.grads[name], gradient, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_the_teacher_hears_longer_windows_than_the_student():
-    student, (batch, xa, _) = distillation(), training.batch()
-    longer = np.concatenate([xa, xa[:, ::-1]], 1)
-    assert student.losses(batch, longer) == student.losses(batch, xa)
+    student, (batch, _) = distillation(), training.batch()
+    longer = np.concatenate([batch.teacher_xa, batch.teacher_xa[:, ::-1]], 1)
+    assert student.losses(replace(batch, teacher_xa=longer)) == student.losses(batch)
 
 
 def test_without_kl_the_teacher_is_not_asked():
-    student, (batch, _, _) = distillation(options=distill.DistillOptions(kl_weight=0)), training.batch()
+    student, (batch, _) = distillation(options=distill.DistillOptions(kl_weight=0)), training.batch()
     student.embedding = None
     losses = student.forward_backward(batch)
     assert losses.kl == 0 and losses.loss(student.options) == losses.ce > 0
@@ -145,9 +145,9 @@ class Parts(Alone):
 
 @pytest.mark.parametrize("cut", [[[0], [1, 2]], [[2, 0], [1]], [[0, 1, 2], []]])
 def test_parts_in_processes_add_up_to_the_whole(cut):
-    batch, xa, _ = training.batch()
+    batch, _ = training.batch()
     whole = distillation()
-    expected = whole.forward_backward(batch, xa)
+    expected = whole.forward_backward(batch)
     batches = [shorten(rows(batch, places)) if places else None for places in cut]
     counts = [np.array([[(b.targets >= 0).sum(), b.frames.sum(), len(b.mel)] if b else [0, 0, 0]]) for b in batches]
     penalties = []
@@ -159,43 +159,42 @@ def test_parts_in_processes_add_up_to_the_whole(cut):
 
     shares = [step.shares([b], Parts(np.array(sum(counts), float), 0))[0] for b in batches]
     parts = distillation(processes=Listening(None, batch.targets.shape[1]))
-    for part, share, places in zip(batches, shares, cut, strict=True):
-        parts.forward_backward(part, xa[places], share)
+    for part, share in zip(batches, shares, strict=True):
+        parts.forward_backward(part, share)
     parts = distillation(processes=Parts(sum(penalties), batch.targets.shape[1]))
-    found = total([parts.forward_backward(part, xa[places], share)
-                   for part, share, places in zip(batches, shares, cut, strict=True)])  # fmt: skip
+    found = total([parts.forward_backward(part, share)
+                   for part, share in zip(batches, shares, strict=True)])  # fmt: skip
     np.testing.assert_allclose(found.array(), expected.array(), rtol=1e-12)
     for name, gradient in whole.ops.grads.items():
         np.testing.assert_allclose(parts.ops.grads[name], gradient, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_accumulated_calls_are_one_mean_over_tokens_and_frames():
-    batch, xa, _ = training.batch()
+    batch, _ = training.batch()
     options = replace(training.DISTILL, outlier_weight=0.0)
     whole, parts = distillation(options=options), distillation(options=options)
-    expected = whole.forward_backward(batch, xa)
+    expected = whole.forward_backward(batch)
     batches = [rows(batch, [0]), rows(batch, [1, 2]), None]
     shares = step.shares(batches, Alone())
     assert [share.calls for share in shares] == [0.5] * 3 and [share.windows for share in shares] == [1, 1, 0]
-    places = ([0], [1, 2], [])
-    found = total([parts.forward_backward(b, xa[p], s) for b, p, s in zip(batches, places, shares, strict=True)])
+    found = total([parts.forward_backward(b, s) for b, s in zip(batches, shares, strict=True)])
     np.testing.assert_allclose(found.array(), expected.array(), rtol=1e-12)
     for name, gradient in whole.ops.grads.items():
         np.testing.assert_allclose(parts.ops.grads[name], gradient, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_accumulated_penalties_are_averaged():
-    batch, xa, _ = training.batch()
+    batch, _ = training.batch()
     parts = [rows(batch, [0]), rows(batch, [1, 2])]
-    single = [distillation().losses(part, xa[: len(part.mel)]).outlier for part in parts]
+    single = [distillation().losses(part).outlier for part in parts]
     student = distillation()
-    shared = [student.forward_backward(part, xa[: len(part.mel)], share).outlier
+    shared = [student.forward_backward(part, share).outlier
               for part, share in zip(parts, step.shares(parts, Alone()), strict=True)]  # fmt: skip
     np.testing.assert_allclose(shared, np.array(single) / 2, rtol=1e-12)
 
 
 def test_lengthened_rows_are_those_of_a_longer_batch():
-    batch, _, _ = training.batch()
+    batch, _ = training.batch()
     one = shorten(rows(batch, [2]))
     assert one.targets.shape == (1, 4)
     long = step.lengthen(one, 9)
@@ -254,9 +253,9 @@ def test_activations_beyond_float32_show_in_the_loss():
 
 
 def test_frozen_encoder_ends_the_backward():
-    batch, xa, _ = training.batch()
+    batch, _ = training.batch()
     whole, frozen = distillation(), distillation(encoder_frozen=True)
-    assert whole.forward_backward(batch, xa) == frozen.forward_backward(batch, xa)
+    assert whole.forward_backward(batch) == frozen.forward_backward(batch)
     assert not frozen.ops.stack
     assert frozen.ops.grads.keys() == {name for name in whole.ops.grads if name.startswith("decoder.")}
     for name, gradient in frozen.ops.grads.items():

@@ -107,7 +107,7 @@ def watch(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def losses(model: nn.Module, seen: dict) -> list[torch.Tensor]:
     """-> total, kl, ce, hidden, outlier."""
-    o, (batch, xa, embedding) = training.DISTILL, training.batch()
+    o, (batch, embedding) = training.DISTILL, training.batch()
     model(torch.tensor(batch.mel).double(), torch.tensor(batch.tokens_in))
     scored = torch.tensor(batch.targets >= 0)
     logits = seen["decoder.ln"][scored] @ model.decoder.token_embedding.weight.T
@@ -115,8 +115,8 @@ def losses(model: nn.Module, seen: dict) -> list[torch.Tensor]:
     soft = F.log_softmax(logits / o.temperature, -1), F.log_softmax(teacher / o.temperature, -1)
     kl = o.temperature**2 * F.kl_div(*soft, reduction="batchmean", log_target=True)
     ce = F.cross_entropy(logits, torch.tensor(batch.targets)[scored])
-    heard = torch.arange(xa.shape[1])[None] < torch.tensor(batch.frames)[:, None]
-    hidden = F.mse_loss(seen["encoder.ln_post"][heard], torch.tensor(xa).double()[heard])
+    heard = torch.arange(batch.teacher_xa.shape[1])[None] < torch.tensor(batch.frames)[:, None]
+    hidden = F.mse_loss(seen["encoder.ln_post"][heard], torch.tensor(batch.teacher_xa).double()[heard])
     penalties = [torch.log1p((a.abs() / o.outlier_tau).pow(o.outlier_power).mean()) for a in seen.values()]
     outlier = o.outlier_weight * torch.stack(penalties).mean()
     return [o.kl_weight * kl + o.ce_weight * ce + o.hidden_weight * hidden + outlier, kl, ce, hidden, outlier]
