@@ -18,9 +18,11 @@ import numpy as np
 
 from minigate import training_kernels
 from minigate.errors import UsageError
+from minigate.optim import sum_squares
 from minigate.options import Checks
 
 OUTLIER_GROUPS = ("block", "mlp", "final-norm", "mlp-hidden")
+OUTLIER_UNITS = ("value", "rms")
 FINAL_NORMS = ("encoder.ln_post", "decoder.ln")
 CHUNK_BYTES = 1 << 19  # rows of logits differentiated at one time; some seven arrays of this size exist
 BLOCK = 1 << 15  # elements of an activation at one time: stays in the second-level cache
@@ -42,6 +44,7 @@ class DistillOptions:
     outlier_weight: float = 0.0  # of the mean over tensors of log(1 + E[(|A| / outlier_tau)^outlier_power])
     outlier_tau: float = 6.0  # above this an activation counts much, below it little
     outlier_decoder_tau: float | None = None  # the same in the decoder's blocks, whose values are smaller; None: equal
+    outlier_unit: str = "value"  # of tau: value, as it stands, or rms, multiples of the tensor's root mean square
     outlier_power: float = 4.0  # above 1, or the gradient jumps at 0
     outlier_tensors: str | Iterable[str] = OUTLIER_GROUPS[:3]  # any of OUTLIER_GROUPS, or a string of them with commas
 
@@ -54,6 +57,7 @@ class DistillOptions:
             check.number(name, 0, above=True)
         check.number("outlier_decoder_tau", 0, above=True, optional=True)
         check.number("outlier_power", 1, above=True)
+        check.choice("outlier_unit", OUTLIER_UNITS)
         if not any(getattr(self, name) for name in weights):
             raise UsageError(f"{', '.join(weights)}: expected one above 0 at least, got 0 for all")
         groups = self.outlier_tensors
@@ -191,41 +195,64 @@ def hidden_mse(xa: np.ndarray, teacher: np.ndarray, frames: np.ndarray, scale: f
 # --- on the activations ---
 
 
-def outlier(a: np.ndarray, tau: float, power: float) -> tuple[float, tuple]:
-    """A -> log(1 + m), m = E[(|A| / tau)^power] over all elements; cache.
+def outlier(a: np.ndarray, tau: float, power: float, unit: str = "value") -> tuple[float, tuple]:
+    """A (B, …) -> log(1 + m), m the mean over B windows of a window's E[(|A| / (tau * unit))^power]; cache.
 
-    After TWEO, whose authors leave out the logarithm. With s the largest |A|, log m = power * log(s / tau) +
-    log E[(|A| / s)^power]: the mean's terms are at most 1 and one is 1, so that nothing overflows.
+    unit "value": 1, so that m is a mean over all elements. After TWEO, whose authors leave out the logarithm.
+    unit "rms": the window's own sqrt(E[A²]). It is for the shape of a distribution what "value" is for its size: a
+    tensor of large but ordinary values is left alone, where "value" shrinks it for ever, logits included. Of normally
+    distributed values E[(|A| / rms)^6] is 15.
+
+    With s a window's largest |A|, log m = power * log(s / (tau * unit)) + log E[(|A| / s)^power]: the mean's terms are
+    at most 1 and one is 1, so that nothing overflows.
     """
-    flat = a.reshape(-1)
-    in_c = _in_c(a, power)
-    largest = training_kernels.magnitude(a) if in_c else float(max(flat.max(), -flat.min()))
-    if largest == 0:
-        return 0.0, (a, 0.0, 0.0, power)
-    if in_c:
-        total = training_kernels.power_sum(a, largest, int(power))
-    else:
-        total = sum(float(_power(r, power).sum(dtype=np.float64)) for r in _blocks(flat, largest))
-    log_m = power * math.log(largest / tau) + math.log(total / flat.size) if math.isfinite(total) else math.nan
-    share = 0.5 + 0.5 * math.tanh(0.5 * log_m)  # m / (1 + m)
-    value = max(log_m, 0.0) + math.log1p(math.exp(-abs(log_m)))  # log(1 + m)
-    return value, (a, largest, share / total, power)
+    windows = a.reshape(1, -1) if unit == "value" else a.reshape(len(a), -1)
+    largest, totals = np.array([_power_sum(w, power) for w in windows]).T
+    squares = None if unit == "value" else np.array([sum_squares(w) for w in windows])
+    with np.errstate(divide="ignore", invalid="ignore"):  # log 0, of zeros; what is not finite shows in the loss
+        size = tau if squares is None else tau * np.sqrt(squares / windows.shape[1])
+        log_m = power * np.log(largest / size) + np.log(totals / windows.shape[1]) - math.log(len(windows))
+        log_m[(largest == 0) | (size == 0)] = -np.inf  # silence
+        value = float(np.logaddexp.reduce([0.0, *log_m]))
+    return value, (a, largest, totals, squares, np.exp(log_m - value), power)
 
 
 def outlier_backward(dvalue: float, cache: tuple) -> np.ndarray:
-    """dvalue, a number -> dA = dvalue * power * m / (1 + m) * sign(A) |A|^(power - 1) / sum |A|^power, like A."""
-    a, largest, share, power = cache
-    if largest != 0 and _in_c(a, power):
-        return training_kernels.power_backward(a, largest, dvalue * power * share / largest, int(power))
-    flat, da = a.reshape(-1), np.zeros(a.size, a.dtype)
-    if largest == 0:
-        return da.reshape(a.shape)
-    factor = dvalue * power * share / largest
+    """dvalue, a number -> dA like A. Of a window with mean m_b, S = sum |A|^power, m the mean of the m_b:
+
+    dA = dvalue * power * (m_b / B) / (1 + m) * (sign(A) |A|^(power - 1) / S  -  A / sum A² where the unit is rms)
+    """
+    a, largest, totals, squares, shares, power = cache
+    windows = a.reshape(len(largest), -1)
+    da = np.zeros_like(windows)
+    for b in np.flatnonzero(shares != 0):
+        factor = dvalue * power * shares[b]
+        _power_backward(windows[b], largest[b], factor / largest[b] / totals[b], power, out=da[b])
+        if squares is not None:
+            root, kind = math.sqrt(squares[b]), da.dtype.type  # divided in two steps: its square may leave float32
+            da[b] -= windows[b] * kind(1 / root) * kind(factor / root)
+    return da.reshape(a.shape)
+
+
+def _power_sum(flat: np.ndarray, power: float) -> tuple[float, float]:
+    """-> largest |A|, sum (|A| / largest)^power."""
+    if _in_c(flat, power):
+        largest = training_kernels.magnitude(flat)
+        return largest, training_kernels.power_sum(flat, largest, int(power)) if largest else 0.0
+    largest = float(max(flat.max(), -flat.min()))
+    total = sum(float(_power(r, power).sum(dtype=np.float64)) for r in _blocks(flat, largest)) if largest else 0.0
+    return largest, total if math.isfinite(total) else math.nan
+
+
+def _power_backward(flat: np.ndarray, largest: float, factor: float, power: float, out: np.ndarray) -> None:
+    """out = factor * sign(A) (|A| / largest)^(power - 1)."""
+    if _in_c(flat, power):
+        out[:] = training_kernels.power_backward(flat, largest, factor, int(power))
+        return
     for start, r in zip(range(0, flat.size, BLOCK), _blocks(flat, largest), strict=True):
         block = slice(start, start + BLOCK)
-        np.copysign(_power(r, power - 1), flat[block], out=da[block])
-        da[block] *= factor
-    return da.reshape(a.shape)
+        np.copysign(_power(r, power - 1), flat[block], out=out[block])
+        out[block] *= factor
 
 
 def _blocks(flat, largest):

@@ -101,9 +101,10 @@ class OutlierPenalty:
 
     def forward(self, name: str, a: np.ndarray) -> tuple | None:
         """-> what `backward` needs of a tensor, or None when it is not penalized."""
-        if distill.penalty_group(name) not in self.options.outlier_tensors:
+        o = self.options
+        if distill.penalty_group(name) not in o.outlier_tensors:
             return None
-        value, cache = distill.outlier(a, self.options.tau(name), self.options.outlier_power)
+        value, cache = distill.outlier(a, o.tau(name), o.outlier_power, o.outlier_unit)
         self._values.append(value)
         return len(self._values) - 1, cache
 

@@ -143,6 +143,7 @@ LOSSES = (
     ("outlier_weight", as_number, "X", "of the mean over tensors of log(1 + E[(|activation| / tau)^power])"),
     ("outlier_tau", as_number, "X", "above this an activation counts much"),
     ("outlier_decoder_tau", as_number_or_none, "X", "the same in the decoder's blocks, whose values are smaller"),
+    ("outlier_unit", str, "UNIT", "of tau: value, as it stands, or rms, multiples of each window's root mean square"),
     ("outlier_power", as_number, "X", "above 1"),
     ("outlier_tensors", str, "GROUPS", f"comma-separated: {','.join(OUTLIER_GROUPS)}"),
 )

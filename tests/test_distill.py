@@ -166,35 +166,69 @@ def test_hidden_mse_counts_real_frames_only():
 # --- outliers ---
 
 
-def expected_outlier(a, tau, power):
+def expected_outlier(a, tau, power, unit="value"):
+    if unit == "rms":
+        a = a / np.sqrt(np.mean(a**2, axis=tuple(range(1, a.ndim)), keepdims=True))
     return float(np.log(1 + np.mean((np.abs(a) / tau) ** power)))
 
 
 @pytest.mark.parametrize("power", [1.5, 2, 2.5, 4.0, 7, 20])
 @pytest.mark.parametrize("block", [7, 1 << 15])
-def test_outlier_gradient(monkeypatch, power, block):
+@pytest.mark.parametrize(("unit", "tau"), [("value", 3.0), ("rms", 1.5)])
+def test_outlier_gradient(monkeypatch, power, block, unit, tau):
     monkeypatch.setattr(distill, "BLOCK", block)
     rng = np.random.default_rng(0)
     a = 2 * rng.standard_normal((2, 5, 8))
-    value, cache = outlier(a, 3.0, power)
-    assert value == pytest.approx(expected_outlier(a, 3.0, power), rel=1e-12)
+    a[1] *= 3
+    if unit == "rms" and power == 2:  # E[(|A| / rms)²] is 1 whatever A is
+        assert np.abs(outlier_backward(1.0, outlier(a, tau, power, unit)[1])).max() < 1e-12
+        return
+
+    def f(x):
+        return -0.7 * expected_outlier(x, tau, power, unit)
+
+    value, cache = outlier(a, tau, power, unit)
+    assert -0.7 * value == pytest.approx(f(a), rel=1e-12)
     da = outlier_backward(-0.7, cache)
-    check_gradient(lambda x: -0.7 * expected_outlier(x, 3.0, power), a, da, rng)
+    check_gradient(f, a, da, rng)
     with pytest.raises(AssertionError, match="slope"):
-        check_gradient(lambda x: -0.7 * expected_outlier(x, 3.0, power), a, 1.01 * da, rng)
+        check_gradient(f, a, 1.01 * da, rng)
 
 
+def test_in_rms_the_size_of_a_tensor_does_not_count():
+    """And each window counts by itself, so that windows may lie in several processes."""
+    a = np.random.default_rng(3).standard_normal((3, 40, 8)).astype(np.float32)
+    a[0, 5, 2] = 60
+    (value, cache), (larger, larger_cache) = (outlier(x, 2.0, 6, "rms") for x in (a, 100 * a))
+    assert larger == pytest.approx(value, rel=1e-6) and value > 5
+    da = outlier_backward(1.0, cache)
+    np.testing.assert_allclose(100 * outlier_backward(1.0, larger_cache), da, rtol=1e-4, atol=1e-9)
+    assert abs((a.astype(float) * da).sum()) < 1e-5 * np.abs(a * da).sum()  # Euler: nothing along A itself
+    means = [np.expm1(outlier(a[i : i + 1], 2.0, 6, "rms")[0]) for i in range(3)]
+    assert np.expm1(value) == pytest.approx(np.mean(means), rel=1e-6) and means[0] > 100 * means[1]
+    wide, wide_cache = outlier(a.astype(np.float64), 2.0, 6, "rms")
+    assert value == pytest.approx(wide, rel=1e-6)
+    np.testing.assert_allclose(da, outlier_backward(1.0, wide_cache), rtol=1e-3, atol=1e-7 * np.abs(da).max())
+
+
+@pytest.mark.parametrize("unit", ["value", "rms"])
 @pytest.mark.parametrize(
     ("largest", "tau", "power"), [(1e4, 6.0, 4.0), (1e4, 0.1, 4.0), (1e38, 1e-3, 7), (1e-30, 6, 4)]
 )
-def test_outliers_in_float32_do_not_overflow(largest, tau, power):
+def test_outliers_in_float32_do_not_overflow(largest, tau, power, unit):
     a = np.random.default_rng(0).standard_normal((4, 50)).astype(np.float32)
     a[1, 3] = -largest
     a *= np.float32(largest) / np.abs(a).max()
     with np.errstate(over="raise", invalid="raise", divide="raise"):
-        value, cache = outlier(a, tau, power)
+        value, cache = outlier(a, tau, power, unit)
         da = outlier_backward(1.0, cache)
     wide = a.astype(np.float64)
+    if unit == "rms":
+        expected, wide_cache = outlier(wide, tau, power, unit)
+        assert value == pytest.approx(expected, rel=1e-5)
+        expected = outlier_backward(1.0, wide_cache)
+        np.testing.assert_allclose(da, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+        return
     m = np.mean((np.abs(wide) / tau) ** power)
     assert value == pytest.approx(np.log1p(m), rel=1e-5)
     expected = power * np.abs(wide) ** (power - 1) * np.sign(wide) / tau**power / a.size / (1 + m)
@@ -210,11 +244,15 @@ def test_a_mean_beyond_float64_has_its_logarithm():
 
 
 def test_zeros_and_what_is_not_finite():
-    value, cache = outlier(np.zeros((2, 3), np.float32), 6, 4)
-    assert value == 0 and not outlier_backward(1.0, cache).any()
-    for bad in (np.nan, np.inf, -np.inf):
-        value, cache = outlier(np.float32([1, bad, 2]), 6, 4)
-        assert np.isnan(value) and np.isnan(outlier_backward(1.0, cache)).any()
+    for unit in distill.OUTLIER_UNITS:
+        value, cache = outlier(np.zeros((2, 3), np.float32), 6, 4, unit)
+        assert value == 0 and not outlier_backward(1.0, cache).any()
+        for bad in (np.nan, np.inf, -np.inf):
+            value, cache = outlier(np.float32([[1, bad, 2]]), 6, 4, unit)
+            with np.errstate(invalid="ignore"):
+                assert np.isnan(value) and np.isnan(outlier_backward(1.0, cache)).any()
+    value, cache = outlier(np.float32([[0, 0, 0, 0], [0, 3, 0, 0]]), 1, 4, "rms")  # silence beside sound
+    assert value == pytest.approx(np.log(1 + 4 / 2)) and np.isfinite(outlier_backward(1.0, cache)).all()
 
 
 def test_number_of_penalized_tensors():

@@ -116,11 +116,12 @@ def _cells(row: dict, figures: dict, part: str | None) -> list[str]:
 
 
 def _penalty(found: Mapping | None) -> str:
-    """Weight and threshold, with the decoder's own where it has one."""
+    """Weight and threshold, with the decoder's own where it has one, and what it is a multiple of."""
     if found is None:
         return "-"
     taus = [found["outlier_tau"], found.get("outlier_decoder_tau")]
-    return f"{found['outlier_weight']:g}, {'/'.join(f'{tau:g}' for tau in taus if tau is not None)}"
+    unit = " rms" if found.get("outlier_unit") == "rms" else ""
+    return f"{found['outlier_weight']:g}, {'/'.join(f'{tau:g}' for tau in taus if tau is not None)}{unit}"
 
 
 def _rate(figures: dict | None, rate: str, bounds: str, sign: str = "") -> str:
