@@ -136,13 +136,13 @@ def greedy_tokens(model: Model, xa: np.ndarray, language: str | None = None) -> 
 
 
 def observe(metadata: dict, tensors: Mapping[str, np.ndarray], speech: Speech, histograms: bool = False,
-            means: bool = False, shown: bool = False) -> Observed:  # fmt: skip
+            means: bool = False, moments: bool = False, shown: bool = False) -> Observed:  # fmt: skip
     """A float model and its calibration windows -> the operators that have seen all of them.
 
-    histograms, means: as in `quantsim.Observed`. shown: a progress bar on stderr. Raises FileError, which names the
-    point, for one that was never reached or holds NaN or infinity.
+    histograms, means, moments: as in `quantsim.Observed`. shown: a progress bar on stderr. Raises FileError, which
+    names the point, for one that was never reached or holds NaN or infinity.
     """
-    model, observed = Model(metadata, tensors), Observed(metadata, tensors, histograms, means)
+    model, observed = Model(metadata, tensors), Observed(metadata, tensors, histograms, means, moments)
     watched = with_operators(model, observed)
     with progress.bar(len(speech.windows), "calibration", " windows", shown=shown) as bar, np.errstate(all="ignore"):
         for i in range(len(speech.windows)):

@@ -24,7 +24,7 @@ SCHEMES = ("w8a8-static", "w8a8-dynamic", "w8")
 POSITIONS = {"encoder.positional_embedding": "encoder.positional_embedding",
              "decoder.positional_embedding": "decoder.embed"}  # int8 in w8a8-static unless this is kept in float
 CALIBRATION = ("method", "percentile", "batches", "seed", "windows", "sha256")
-HELPERS = ("smoothquant", "bias_correction", "equalize", "rotate")
+HELPERS = ("smoothquant", "bias_correction", "equalize", "rotate", "error_feedback")
 INPUT_SCALE = "decoder.token_embedding.input_scale"  # (D,) of a smoothed model: tokens' rows go in multiplied by it
 ROTATION = "encoder.rotation"  # (D,) of a rotated model: the signs that hadamard.rotation makes a matrix of
 VOCABULARY = "tokenizer.vocabulary"
@@ -224,8 +224,8 @@ def _check_quantization(where: str | Path, metadata: Mapping) -> None:
     _want(f"{where}: keep_float", isinstance(kept, list) and all(layer in layers for layer in kept),
           "a list of layers like decoder.blocks.0.mlp.2", kept)
     helpers = quantization.get("helpers")
-    _want(f"{where}: helpers", helpers is None or isinstance(helpers, dict) and set(helpers) == set(HELPERS),
-          f"an object with {', '.join(HELPERS)}", helpers)
+    _want(f"{where}: helpers", helpers is None or isinstance(helpers, dict) and set(helpers) <= set(HELPERS),
+          f"an object with any of {', '.join(HELPERS)}", helpers)
     if scheme == "w8a8-static":
         _check_ranges(f"{where}: ranges", quantization.get("ranges"), graph.points(dims, metadata["gate"]["kind"]))
         calibration = quantization.get("calibration")

@@ -3,6 +3,8 @@
 Which tensors of a model are int8 follows from its metadata (`checkpoint.expected_tensors`); the scale of `X.weight` is
 `X.scale`, that of a positional embedding has `.scale` behind its name.
 
+Rounding is to nearest, or with the feedback of errors (errorfeedback.py) where it is known what the weights multiply.
+
 N output channels, K inputs.
 """
 
@@ -11,30 +13,41 @@ from collections.abc import Mapping
 import numpy as np
 
 from minigate import checkpoint
+from minigate.errorfeedback import Q_MAX, round_with_feedback
+from minigate.ops import conv_matrix, conv_weight
 
-Q_MAX = 127
 
+def quantize_weight(w: np.ndarray, per_channel: bool = True, moments: np.ndarray | None = None
+                    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """w (N, …) -> q int8 of the same shape, scale (N,) or () float32; a channel of zeros has scale 1.
 
-def quantize_weight(w: np.ndarray, per_channel: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """w (N, …) -> q int8 of the same shape, scale (N,) or () float32; a channel of zeros has scale 1."""
+    moments (K, K): E[x xᵀ] of what w multiplies, a convolution's as `ops.conv_rows` orders it; for error feedback.
+    """
     w = np.asarray(w, np.float32)
     largest = np.abs(w).max(axis=tuple(range(1, w.ndim))) if per_channel else np.abs(w).max()
     scale = np.asarray(largest / np.float32(Q_MAX), np.float32)
     scale = np.where(scale < np.finfo(np.float32).tiny, np.float32(1), scale)
+    if moments is not None:
+        is_conv = w.ndim == 3
+        q = round_with_feedback(conv_matrix(w) if is_conv else w, scale, moments)
+        return conv_weight(q) if is_conv else q, scale
     q = np.rint(w / scale.reshape(scale.shape + (1,) * (w.ndim - scale.ndim)))
     return q.astype(np.int8), scale
 
 
-def quantize_weights(metadata: Mapping, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def quantize_weights(metadata: Mapping, tensors: Mapping[str, np.ndarray],
+                     moments: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:  # fmt: skip
     """A float model's tensors -> those of a model with this metadata, the quantization included.
 
-    What stays float is kept in float16 where that loses nothing.
+    What stays float is kept in float16 where that loses nothing. moments: linear or convolution -> as in
+    `quantize_weight`; those that are not in it are rounded to nearest.
     """
     expected, out = checkpoint.expected_tensors(metadata), {}
     for name, array in tensors.items():
         if expected.get(name, (None, ""))[1] == "int8":
             scale = checkpoint.scale_name(name)
-            out[name], out[scale] = quantize_weight(array, per_channel=expected[scale][0] != ())
+            own = (moments or {}).get(checkpoint.module_of(name))
+            out[name], out[scale] = quantize_weight(array, expected[scale][0] != (), own)
         else:
             out[name] = smallest_float(array)
     return out

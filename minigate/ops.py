@@ -31,6 +31,11 @@ def conv_matrix(weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(weight.transpose(0, 2, 1)).reshape(weight.shape[0], -1)
 
 
+def conv_weight(matrix: np.ndarray) -> np.ndarray:
+    """`conv_matrix`'s (N, 3 C) -> (N, C, 3)."""
+    return np.ascontiguousarray(matrix.reshape(len(matrix), CONV_WIDTH, -1).transpose(0, 2, 1))
+
+
 class Float:
     """float32, through BLAS and the float kernels. float16 parameters are widened once, here."""
 

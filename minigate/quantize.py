@@ -102,6 +102,7 @@ class Prepared:
     options: QuantizeOptions
     found: Mapping  # ranges and calibration; empty unless w8a8-static
     means: Mapping[str, np.ndarray] | None  # mean inputs of the linears, for bias correction
+    moments: Mapping[str, np.ndarray] | None  # E[x xᵀ] of them, or multiples, for error feedback
 
     def quantization(self, keep_float: Iterable[str]) -> dict:
         """Metadata with the quantization in which these layers stay float."""
@@ -112,9 +113,9 @@ class Prepared:
         """-> metadata and tensors of the quantized model."""
         metadata, tensors = self.quantization(keep_float), self.tensors
         if self.means is not None:
-            rounded = dequantize(metadata, quantize_weights(metadata, tensors))[1]
+            rounded = dequantize(metadata, quantize_weights(metadata, tensors, self.moments))[1]
             tensors = transforms.bias_correction(self.metadata, tensors, rounded, self.means)
-        return metadata, quantize_weights(metadata, tensors)
+        return metadata, quantize_weights(metadata, tensors, self.moments)
 
 
 def prepare(
@@ -137,15 +138,17 @@ def prepare(
     if options.smoothquant is not None:
         maxima = calibrate.channel_maxima(calibrate.observe(metadata, tensors, speech, shown=shown))
         metadata, tensors = transforms.smoothquant(metadata, tensors, maxima, options.smoothquant)
-    static, found, means = options.scheme == "w8a8-static", {}, None
-    if static or options.bias_correction:
+    static, found, means, moments = options.scheme == "w8a8-static", {}, None, None
+    if static or options.bias_correction or options.error_feedback:
         histograms = static and calibrate.needs_histograms(calibration)
-        observed = calibrate.observe(metadata, tensors, speech, histograms, options.bias_correction, shown)
+        observed = calibrate.observe(metadata, tensors, speech, histograms, options.bias_correction,
+                                     options.error_feedback, shown)  # fmt: skip
         means = calibrate.mean_inputs(observed) if options.bias_correction else None
+        moments = observed.squares if options.error_feedback else None
         if static:
             found = {"ranges": calibrate.find_ranges(observed, speech, calibration),
                      "calibration": calibrate.description(speech, calibration)}  # fmt: skip
-    return Prepared(metadata, tensors, options, found, means)
+    return Prepared(metadata, tensors, options, found, means, moments)
 
 
 # --- the command line
@@ -184,7 +187,7 @@ def _by_layer(prepared: Prepared, kept: list[str], speech: Speech, args: Namespa
     """--sensitivity and --auto-keep-float -> what stays in float."""
     if not args.sensitivity and args.auto_keep_float is None:
         return kept
-    judge = sensitivity.Judge(prepared.quantization([]), prepared.tensors, speech, shown=not args.quiet)
+    judge = sensitivity.Judge(*prepared.quantized([]), prepared.tensors, speech, shown=not args.quiet)
     kept, ranking = [layer for layer in kept if layer in judge.layers], None
     if args.sensitivity:
         whole, costs = sensitivity.sensitivity(judge, kept)

@@ -27,6 +27,7 @@ class QuantizeOptions:
     bias_correction: bool = False
     equalize: bool = False
     rotate: bool = False
+    error_feedback: bool = False
 
     def __post_init__(self):
         check = Checks(self)
@@ -40,12 +41,14 @@ class QuantizeOptions:
     @property
     def helpers(self) -> dict:
         """For the metadata's `helpers`."""
-        return {name: getattr(self, name) for name in ("smoothquant", "bias_correction", "equalize", "rotate")}
+        names = ("smoothquant", "bias_correction", "equalize", "rotate", "error_feedback")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def needs_speech(self) -> bool:
         """Whether there must be a calibration set."""
-        return self.scheme == "w8a8-static" or self.bias_correction or self.smoothquant is not None
+        looks = self.bias_correction or self.error_feedback or self.smoothquant is not None
+        return looks or self.scheme == "w8a8-static"
 
 
 def build_parser() -> ArgumentParser:
@@ -101,6 +104,8 @@ def _add_helpers(group) -> None:
                        "value and out, query and key (default: off)")
     group.add_argument("--rotate", action="store_true", help="rotate the encoder's residual stream, which spreads its "
                        "outliers (default: off)")
+    group.add_argument("--error-feedback", action="store_true", help="round weights column by column, each making up "
+                       "for the errors of those before it on what the layer hears, as GPTQ does (default: off)")
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Namespace, QuantizeOptions, CalibrationOptions]:
@@ -139,7 +144,8 @@ def _check(args: Namespace, options: QuantizeOptions) -> None:
         raise UsageError(f"--output: expected a name that ends in .safetensors, got {args.output}")
     if args.auto_keep_float is not None and not args.auto_keep_float >= 0:
         raise UsageError(f"--auto-keep-float: expected a number from 0 up, got {args.auto_keep_float}")
-    asked = [flag_of(name) for name in ("smoothquant", "bias_correction", "sensitivity", "auto_keep_float")
+    looking = ("smoothquant", "bias_correction", "error_feedback", "sensitivity", "auto_keep_float")
+    asked = [flag_of(name) for name in looking
              if getattr(args, name) is not None and getattr(args, name) is not False]  # fmt: skip
     if args.calibration is None and (options.needs_speech or asked):
         reason = asked[0] if asked else f"--scheme {options.scheme}"

@@ -90,29 +90,33 @@ class Pointed(ops.Float):
 
 
 class Observed(Pointed):
-    """Records every point, and if wanted the mean input of every linear: of window `window`, used `times` times.
+    """Records every point, and if wanted what every linear multiplies: of window `window`, used `times` times.
 
     records  by point
-    inputs   by linear: the sum over rows (K,) float64, and how many they are
+    inputs   by linear: the sum over rows (K,) float64, and how many they are; if means
+    squares  by linear: the sum over rows of x xᵀ (K, K) float32; if moments
     """
 
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray], histograms: bool = False,
-                 means: bool = False):  # fmt: skip
+                 means: bool = False, moments: bool = False):  # fmt: skip
         super().__init__(metadata, tensors)
-        self.means = means
+        self.means, self.moments = means, moments
         self.window, self.times = 0, 1
         self.records = {point: Record(histograms) for point in graph.points(metadata["dims"], self.gate_kind)}
         self.inputs: dict[str, tuple[np.ndarray, int]] = {}
+        self.squares: dict[str, np.ndarray] = {}
 
     def point(self, name: str, x: np.ndarray) -> np.ndarray:
         self.records[name].see(x, self.window, self.times)
         return x
 
     def linear(self, name: str, x: np.ndarray, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
+        rows = x.reshape(-1, x.shape[-1])
         if self.means:
-            rows = x.reshape(-1, x.shape[-1])
             total, count = self.inputs.get(name, (0, 0))
             self.inputs[name] = total + self.times * rows.sum(0, dtype=np.float64), count + self.times * len(rows)
+        if self.moments:
+            self.squares[name] = self.squares.get(name, 0) + self.times * (rows.T @ rows)
         return super().linear(name, x, gelu, residual)
 
 

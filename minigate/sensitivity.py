@@ -30,13 +30,15 @@ class Cost:
 
 
 class Judge:
-    """A float model, its calibration windows, and a quantization of it: metadata that keeps nothing in float.
+    """A quantized model that keeps nothing in float, the float model's tensors, and its calibration windows.
 
+    tensors: the quantized model's, or the float model's once more, which are then rounded to nearest.
     shown: progress on stderr.
     """
 
-    def __init__(self, metadata: Mapping, tensors: Mapping[str, np.ndarray], speech: Speech, shown: bool = False):
-        self.model = Model({**metadata, "quantization": None}, tensors)
+    def __init__(self, metadata: Mapping, tensors: Mapping[str, np.ndarray], plain: Mapping[str, np.ndarray],
+                 speech: Speech, shown: bool = False):  # fmt: skip
+        self.model = Model({**metadata, "quantization": None}, plain)
         self.plain: ops.Float = self.model.ops
         self.simulated = quantsim.simulate(metadata, tensors)
         self.speech, self.shown = speech, shown

@@ -7,8 +7,10 @@ import pytest
 
 from minigate import calibrate, checkpoint, graph, quantize, quantizereport, tensorfile
 from minigate.calibrate import CalibrationOptions
+from minigate.errorfeedback import output_error
 from minigate.errors import UsageError
 from minigate.model import Model
+from minigate.ops import conv_matrix
 from minigate.quantizeoptions import QuantizeOptions
 from tests.sounds import write_manifest
 from tests.test_calibrate import hearing_toy, speech
@@ -145,7 +147,7 @@ def test_helpers_come_one_after_the_other_and_ranges_are_those_of_what_they_made
     ranges = [m["quantization"]["ranges"]["encoder.ln_post"] for m in (metadata, plain)]
     assert ranges[0][1] == pytest.approx(ranges[1][1] + 3, abs=1e-4)
     assert metadata["quantization"]["helpers"] == {"smoothquant": 0.5, "bias_correction": False, "equalize": True,
-                                                   "rotate": True}  # fmt: skip
+                                                   "rotate": True, "error_feedback": False}  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", checkpoint.SCHEMES)
@@ -161,8 +163,25 @@ def test_bias_correction_is_given_what_the_weights_become(tmp_path, helpers, sch
 
 
 @pytest.mark.parametrize("scheme", checkpoint.SCHEMES)
+def test_error_feedback_makes_what_every_layer_gives_err_less_in_the_same_scales(tmp_path, scheme):
+    _, made, (metadata, out) = prepared(tmp_path, scheme=scheme, error_feedback=True, weights="per-tensor",
+                                        keep_float=["encoder.conv2"])  # fmt: skip
+    tensors, _, (_, plain) = prepared(tmp_path, scheme=scheme, weights="per-tensor")
+    assert metadata["quantization"]["helpers"]["error_feedback"] is True
+    assert out["encoder.conv2.weight"].dtype != np.int8
+    layers = [layer for layer in checkpoint.quantizable(metadata["dims"]) if layer != "encoder.conv2"]
+    for layer in layers:
+        w, found, near = (t[f"{layer}.weight"] for t in (tensors, out, plain))
+        assert found.shape == w.shape and out[f"{layer}.scale"] == plain[f"{layer}.scale"]
+        w, found, near = (conv_matrix(x) if x.ndim == 3 else x for x in (w, found * out[f"{layer}.scale"],
+                                                                         near * plain[f"{layer}.scale"]))  # fmt: skip
+        errors = [output_error(w, x, made.moments[layer]) for x in (found, near)]
+        assert errors[0] < 0.95 * errors[1], layer
+
+
+@pytest.mark.parametrize("scheme", checkpoint.SCHEMES)
 def test_with_every_helper_the_file_is_accepted_and_computes_what_the_float_model_does(tmp_path, scheme):
-    options = {"equalize": True, "rotate": True, "smoothquant": 0.5, "bias_correction": True}
+    options = {"equalize": True, "rotate": True, "smoothquant": 0.5, "bias_correction": True, "error_feedback": True}
     tensors, made, (metadata, out) = prepared(tmp_path, scheme=scheme, weights="per-channel", **options)
     path = tmp_path / "out.safetensors"
     checkpoint.write(path, metadata, out)

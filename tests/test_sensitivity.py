@@ -22,7 +22,7 @@ def judged(folder, scheme="w8a8-static", stream_range=None, gate="none"):
     if stream_range:
         ranges[STREAM] = [-stream_range, stream_range]
     extra = {"ranges": ranges, "calibration": CALIBRATION} if scheme == "w8a8-static" else None
-    return Judge(with_quantization(metadata, scheme, "per-tensor", [], found=extra), tensors, found)
+    return Judge(with_quantization(metadata, scheme, "per-tensor", [], found=extra), tensors, tensors, found)
 
 
 def test_log_softmax_and_divergence():
