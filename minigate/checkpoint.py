@@ -26,7 +26,7 @@ POSITIONS = {"encoder.positional_embedding": "encoder.positional_embedding",
 CALIBRATION = ("method", "percentile", "batches", "seed", "windows", "sha256")
 HELPERS = ("smoothquant", "bias_correction", "equalize", "rotate", "error_feedback")
 INPUT_SCALE = "decoder.token_embedding.input_scale"  # (D,) of a smoothed model: tokens' rows go in multiplied by it
-ROTATION = "encoder.rotation"  # (D,) of a rotated model: the signs that hadamard.rotation makes a matrix of
+ROTATIONS = ("encoder.rotation", "decoder.rotation")  # (D,) of a rotated model: signs for hadamard.rotation
 VOCABULARY = "tokenizer.vocabulary"
 MAX_RANGE = 3.4e38  # of an activation: what float32 can hold
 MAX_LAYERS = 256  # a bound on what a damaged file can ask for; the largest Whisper has 32
@@ -105,11 +105,11 @@ def expected_tensors(metadata: Mapping) -> dict[str, tuple[tuple[int, ...], str]
                 shape = expected[f"{layer}.weight"][0]
                 expected[f"{layer}.weight"] = shape, "int8"
                 expected[f"{layer}.scale"] = shape[:1] if quantization["weights"] == "per-channel" else (), "float32"
-        helpers, D = quantization.get("helpers") or {}, dims["n_audio_state"]
+        helpers, states = quantization.get("helpers") or {}, (dims["n_audio_state"], dims["n_text_state"])
         if helpers.get("rotate"):
-            expected[ROTATION] = (D,), "float"
+            expected |= {name: ((D,), "float") for name, D in zip(ROTATIONS, states, strict=True)}
         if helpers.get("smoothquant") is not None:
-            expected[INPUT_SCALE] = (D,), "float"
+            expected[INPUT_SCALE] = states[1:], "float"
         for name in POSITIONS if quantization["scheme"] == "w8a8-static" else ():
             if module_of(name) not in quantization["keep_float"]:
                 expected[name], expected[scale_name(name)] = (expected[name][0], "int8"), ((), "float32")

@@ -11,7 +11,7 @@ import numpy as np
 
 from minigate import kernels
 from minigate.attention import gate, gate_shapes
-from minigate.checkpoint import INPUT_SCALE, ROTATION
+from minigate.checkpoint import INPUT_SCALE, ROTATIONS
 from minigate.hadamard import rotation
 
 CONV_WIDTH = 3  # both convolutions of the stem
@@ -48,7 +48,7 @@ class Float:
     def prepare(self, name: str, array: np.ndarray):
         """The form in which a parameter is computed with."""
         array = np.asarray(array, np.float32)
-        if name == ROTATION:
+        if name in ROTATIONS:
             return rotation(array).astype(np.float32)
         return conv_matrix(array) if array.ndim == 3 and ".conv" in name else array
 
@@ -64,11 +64,16 @@ class Float:
 
     def add_positions(self, name: str, x: np.ndarray) -> np.ndarray:
         """x (B, T, D) + the first T positions."""
-        return self.turned(x) + self.p[name][: x.shape[1]]
+        return self.turned(name, x) + self.p[name][: x.shape[1]]
 
-    def turned(self, x: np.ndarray) -> np.ndarray:
-        """x (B, T, D) as the residual stream holds it."""
-        return kernels.linear_f32(x, self.p[ROTATION]) if ROTATION in self.p else x
+    def turns(self, name: str) -> bool:
+        """Whether the residual stream of this name's side is rotated."""
+        return f"{name.split('.')[0]}.rotation" in self.p
+
+    def turned(self, name: str, x: np.ndarray) -> np.ndarray:
+        """x (B, T, D) into the rotated residual stream of this name's side, or out of it: a rotation is its own
+        inverse (hadamard.py)."""
+        return kernels.linear_f32(x, self.p[f"{name.split('.')[0]}.rotation"]) if self.turns(name) else x
 
     def embed(self, tokens: np.ndarray, offset: int) -> np.ndarray:
         """tokens (B, T) at positions offset, offset + 1, … -> (B, T, D)."""
@@ -78,14 +83,17 @@ class Float:
     def input_rows(self, tokens: np.ndarray) -> np.ndarray:
         """tokens (B, T) -> (B, T, D), as they go in."""
         rows = self.token_rows(tokens)
-        return rows * self.p[INPUT_SCALE] if INPUT_SCALE in self.p else rows
+        return self.turned("decoder", rows * self.p[INPUT_SCALE] if INPUT_SCALE in self.p else rows)
 
     def token_rows(self, tokens: np.ndarray) -> np.ndarray:
         """tokens (B, T) -> their rows (B, T, D) of the logits' matrix."""
         return self.p["decoder.token_embedding.weight"][tokens]
 
     def norm(self, name: str, x: np.ndarray) -> np.ndarray:
-        return kernels.layer_norm(x, self.p[f"{name}.weight"], self.p[f"{name}.bias"])
+        weight, bias = self.p[f"{name}.weight"], self.p[f"{name}.bias"]
+        if name == "decoder.ln" and self.turns(name):  # the logits' matrix, which is the input's too, stays as it is
+            return self.turned(name, kernels.layer_norm(x, np.ones_like(weight), np.zeros_like(bias))) * weight + bias
+        return kernels.layer_norm(x, weight, bias)
 
     def rows(self, x: np.ndarray):
         """x (B, T, D) in the form that several `linear` share."""

@@ -102,7 +102,7 @@ def _add_helpers(group) -> None:
                        "biases (default: off)")
     group.add_argument("--equalize", action="store_true", help="even out the ranges between an attention's linears, "
                        "value and out, query and key (default: off)")
-    group.add_argument("--rotate", action="store_true", help="rotate the encoder's residual stream, which spreads its "
+    group.add_argument("--rotate", action="store_true", help="rotate the residual streams, which spreads their "
                        "outliers (default: off)")
     group.add_argument("--error-feedback", action="store_true", help="round weights column by column, each making up "
                        "for the errors of those before it on what the layer hears, as GPTQ does (default: off)")

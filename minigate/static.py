@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from minigate import checkpoint, graph, int8, kernels, ops, static_kernels
+from minigate import graph, int8, kernels, ops, static_kernels
 from minigate.attention import gate
 from minigate.static_kernels import Grid, Tensor
 
@@ -67,9 +67,9 @@ class Static(int8.Int8Weights):
     def add_positions(self, name: str, x: Tensor) -> Tensor:
         positions, shape = self.p[name], x.data.shape
         if name in self.kept:
-            return self.left(name, self.turned(x.data) + positions[: shape[1]])
-        if checkpoint.ROTATION in self.p:
-            turned = self.turned(self.values(self.entered(x)))
+            return self.left(name, self.turned(name, x.data) + positions[: shape[1]])
+        if self.turns(name):
+            turned = self.turned(name, self.values(self.entered(x)))
             return self.left(name, turned + positions.data[: shape[1]] * positions.grid.scale)
         rows = np.broadcast_to(positions.data[: shape[1]], shape)
         y = static_kernels.add(self.entered(x), Tensor(rows, positions.grid), self.int8_grids.get(name))
@@ -85,10 +85,12 @@ class Static(int8.Int8Weights):
         return self.left("decoder.embed", self.input_rows(tokens) + positions)
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        parameters = self.p[f"{name}.weight"], self.p[f"{name}.bias"]
         if name in self.kept:
-            return Tensor(kernels.layer_norm(x.data, *parameters), self.grids[name])
-        y = static_kernels.layer_norm(self.entered(x), *parameters, self.int8_grids.get(name))
+            return Tensor(super().norm(name, x.data), self.grids[name])
+        x = self.entered(x)
+        if name == "decoder.ln" and self.turns(name):
+            return self.left(name, super().norm(name, self.values(x)))
+        y = static_kernels.layer_norm(x, self.p[f"{name}.weight"], self.p[f"{name}.bias"], self.int8_grids.get(name))
         return Tensor(y, self.grids[name])
 
     def linear(self, name: str, x: Tensor, gelu: bool = False, residual: Tensor | None = None):

@@ -1,7 +1,7 @@
 """What is done to a float model before it is rounded to int8, so that rounding costs less.
 
     equalize         evens out the channels between two linears with nothing nonlinear between them
-    rotate           turns the encoder's residual stream, so that an outlier in one dimension becomes a little in all
+    rotate           turns the residual streams, so that an outlier in one dimension becomes a little in all
     smoothquant      moves the large channels of layer norms' outputs into the weights that read them
     bias_correction  takes the mean error of rounded weights off the biases
 
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from minigate import graph
-from minigate.checkpoint import INPUT_SCALE, ROTATION
+from minigate.checkpoint import INPUT_SCALE
 from minigate.errors import UsageError
 from minigate.hadamard import random_signs, rotation
 from minigate.ops import conv_matrix
@@ -24,6 +24,7 @@ from minigate.ops import conv_matrix
 Tensors = dict[str, np.ndarray]
 EMBEDDING = "decoder.token_embedding"
 SMALLEST = 1e-5  # magnitudes below it count as this much
+WRITERS = {f"{layer}.{part}" for layer in ("attn.out", "cross_attn.out", "mlp.2") for part in ("weight", "bias")}
 FIRST_OF_GATE = {"per_head_mlp": "0.weight"}  # the gate's parameter that h is multiplied with; of other kinds "weight"
 
 
@@ -123,40 +124,39 @@ def norm_readers(metadata: Mapping, tensors: Mapping[str, np.ndarray]) -> dict[s
     return found
 
 
-# --- the encoder's residual stream ---
+# --- the residual streams ---
 
 
 def rotate(metadata: dict, tensors: Mapping[str, np.ndarray], seed: int = 0) -> tuple[dict, Tensors]:
-    """Turn the encoder's residual stream: x becomes x Q, Q of `hadamard.rotation` with random signs.
+    """Turn the residual streams of encoder and decoder: x becomes x Q, Q of `hadamard.rotation` with random signs.
 
     Layer norms' gains and biases go into the linears and gates that read them, and leave 1 and 0 behind; keys have no
-    bias, and need none: it would add the same to all scores of a query. The stream begins with GELU(conv2), which no
-    weight can turn; the new tensor `ROTATION` (D,), Q's signs, has it turned when the positions are added. A gate
-    per_head sees its head's slice of the norm's output and becomes all_heads; per_head_mlp is refused with UsageError:
-    there is no dense kind of it.
+    bias, and need none: it would add the same to all scores of a query. A gate per_head sees its head's slice of the
+    norm's output and becomes all_heads; per_head_mlp is refused with UsageError: there is no dense kind of it.
 
-    The decoder's stream stays as it is: its table is the logits' matrix too, so that a gain of `decoder.ln` before Q
-    in one and none in the other needs two tables, or a D x D product for each token's row.
+    Where a stream begins no weight can turn it: the encoder's is GELU(conv2), the decoder's a row of the table that is
+    the logits' matrix too. The new tensors `checkpoint.ROTATIONS` (D,), Q's signs, have it turned there, before
+    positions are added, and for the table's sake turned back inside of `decoder.ln`, before its gain: a D x D product
+    a token.
     """
     if metadata["gate"]["kind"] == "per_head_mlp":
         raise UsageError("rotate: expected a gate that is, or can be written as, linear in the whole layer norm's "
                          "output, got per_head_mlp, whose heads see a slice each")  # fmt: skip
     metadata, out = dense_gates(metadata, tensors)
-    signs = random_signs(metadata["dims"]["n_audio_state"], seed)
-    q = rotation(signs)
-    for norm, readers in norm_readers(metadata, out).items():
-        if norm.startswith("encoder."):
-            for name in readers:
-                absorb(out, norm, name)
-                out[name] = (out[name] @ q).astype(np.float32)
-            out[f"{norm}.weight"], out[f"{norm}.bias"] = np.ones(len(q), np.float32), np.zeros(len(q), np.float32)
-    for layer in (name for i in range(metadata["dims"]["n_audio_layer"]) for name in
-                  (f"encoder.blocks.{i}.attn.out", f"encoder.blocks.{i}.mlp.2")):  # fmt: skip
-        for part in ("weight", "bias"):
-            out[f"{layer}.{part}"] = (q.T @ out[f"{layer}.{part}"]).astype(np.float32)
-    positions = "encoder.positional_embedding"
-    out[positions] = (out[positions] @ q).astype(np.float32)
-    out[ROTATION] = signs
+    for side, state in (("encoder", "n_audio_state"), ("decoder", "n_text_state")):
+        signs = out[f"{side}.rotation"] = random_signs(metadata["dims"][state], seed)
+        q = rotation(signs)
+        for norm, readers in norm_readers(metadata, out).items():
+            if norm.startswith(side) and norm != "decoder.ln":
+                for name in readers:
+                    absorb(out, norm, name)
+                    out[name] = (out[name] @ q).astype(np.float32)
+                out[f"{norm}.weight"], out[f"{norm}.bias"] = np.ones(len(q), np.float32), np.zeros(len(q), np.float32)
+        for name in out:
+            if name.startswith(f"{side}.blocks.") and name.split(".", 3)[-1] in WRITERS:
+                out[name] = (q.T @ out[name]).astype(np.float32)
+        positions = f"{side}.positional_embedding"
+        out[positions] = (out[positions] @ q).astype(np.float32)
     return metadata, out
 
 

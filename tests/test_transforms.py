@@ -5,7 +5,7 @@ import pytest
 
 from minigate import attention, checkpoint, quantize, quantsim, transforms
 from minigate.calibrate import CalibrationOptions, with_operators
-from minigate.checkpoint import INPUT_SCALE, ROTATION
+from minigate.checkpoint import INPUT_SCALE, ROTATIONS
 from minigate.errors import UsageError
 from minigate.int8weights import quantize_weight
 from minigate.model import Model
@@ -163,17 +163,19 @@ def test_rotation_leaves_the_logits(kind, seed):
     unchanged(copies, tensors)
     assert rotated_metadata["gate"]["kind"] == ("all_heads" if kind == "per_head" else kind)
     assert metadata["gate"]["kind"] == kind
-    assert rotated.keys() - tensors.keys() == {ROTATION}
+    assert rotated.keys() - tensors.keys() == set(ROTATIONS)
     np.testing.assert_allclose(logits(rotated_metadata, rotated), logits(metadata, tensors), atol=ATOL, rtol=0)
 
 
-def test_rotation_spreads_an_outlier_over_the_residual_stream():
+@pytest.mark.parametrize(("side", "last"), [("encoder", "ln_post"), ("decoder", "ln")])
+def test_rotation_spreads_an_outlier_over_the_residual_stream(side, last):
     metadata, tensors = toy_model()
-    tensors["encoder.blocks.0.mlp.2.bias"][9] += 300
+    tensors[f"{side}.blocks.0.mlp.2.bias"][9] += 300
     before, after = watched(metadata, tensors), watched(*transforms.rotate(metadata, tensors))
-    name = "encoder.ln_post input"
-    assert np.abs(before[name]).max() > 250 and np.abs(after[name]).max() < 150
-    for x in ("encoder.blocks.1.attn_ln input", name):  # turned: lengths and means stay
+    name = f"{side}.{last} input"
+    largest = np.abs(before[name]).max()
+    assert largest > 250 and np.abs(after[name]).max() < 0.5 * largest
+    for x in (f"{side}.blocks.1.attn_ln input", name):  # turned: lengths and means stay
         np.testing.assert_allclose(np.linalg.norm(after[x], axis=-1), np.linalg.norm(before[x], axis=-1), rtol=1e-4)
         np.testing.assert_allclose(after[x].mean(-1), before[x].mean(-1), atol=1e-3)
     np.testing.assert_array_equal(after["encoder.conv2"], before["encoder.conv2"])
@@ -181,8 +183,10 @@ def test_rotation_spreads_an_outlier_over_the_residual_stream():
 
 def test_seeds_make_different_rotations():
     model = toy_model()
-    assert not np.array_equal(transforms.rotate(*model, 0)[1][ROTATION], transforms.rotate(*model, 1)[1][ROTATION])
-    np.testing.assert_array_equal(transforms.rotate(*model, 1)[1][ROTATION], transforms.rotate(*model, 1)[1][ROTATION])
+    first, again, other = (transforms.rotate(*model, seed)[1] for seed in (0, 0, 1))
+    for name in ROTATIONS:
+        np.testing.assert_array_equal(first[name], again[name])
+        assert not np.array_equal(first[name], other[name])
 
 
 def test_a_gate_that_cannot_be_dense_is_refused():
@@ -238,7 +242,7 @@ def test_a_model_of_every_scheme_keeps_what_the_helpers_made(tmp_path, scheme, k
     prepared = quantize.prepare(metadata, tensors, options, CalibrationOptions(batches=1), heard)
     checkpoint.write(tmp_path / "out.safetensors", *prepared.quantized(kept))
     file = checkpoint.read(tmp_path / "out.safetensors")
-    assert file.tensors[ROTATION].shape == file.tensors[INPUT_SCALE].shape == (D,)
+    assert {file.tensors[name].shape for name in (*ROTATIONS, INPUT_SCALE)} == {(D,)}
     loaded, plain = Model(file.metadata, file.tensors), Model(metadata, tensors)
     simulated = with_operators(loaded, quantsim.simulate(file.metadata, file.tensors))
     real, got, expected = (
