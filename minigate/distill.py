@@ -45,6 +45,7 @@ class DistillOptions:
     outlier_tau: float = 6.0  # above this an activation counts much, below it little
     outlier_decoder_tau: float | None = None  # the same in the decoder's blocks, whose values are smaller; None: equal
     outlier_unit: str = "value"  # of tau: value, as it stands, or rms, multiples of the tensor's root mean square
+    outlier_unit_most: float | None = None  # largest rms taken as a unit: beyond it values are large in any case
     outlier_power: float = 4.0  # above 1, or the gradient jumps at 0
     outlier_tensors: str | Iterable[str] = OUTLIER_GROUPS[:3]  # any of OUTLIER_GROUPS, or a string of them with commas
 
@@ -58,6 +59,7 @@ class DistillOptions:
         check.number("outlier_decoder_tau", 0, above=True, optional=True)
         check.number("outlier_power", 1, above=True)
         check.choice("outlier_unit", OUTLIER_UNITS)
+        check.number("outlier_unit_most", 0, above=True, optional=True)
         if not any(getattr(self, name) for name in weights):
             raise UsageError(f"{', '.join(weights)}: expected one above 0 at least, got 0 for all")
         groups = self.outlier_tensors
@@ -195,22 +197,28 @@ def hidden_mse(xa: np.ndarray, teacher: np.ndarray, frames: np.ndarray, scale: f
 # --- on the activations ---
 
 
-def outlier(a: np.ndarray, tau: float, power: float, unit: str = "value") -> tuple[float, tuple]:
+def outlier(a: np.ndarray, tau: float, power: float, unit: str = "value", most: float | None = None
+            ) -> tuple[float, tuple]:  # fmt: skip
     """A (B, …) -> log(1 + m), m the mean over B windows of a window's E[(|A| / (tau * unit))^power]; cache.
 
     unit "value": 1, so that m is a mean over all elements. After TWEO, whose authors leave out the logarithm.
-    unit "rms": the window's own sqrt(E[A²]). It is for the shape of a distribution what "value" is for its size: a
-    tensor of large but ordinary values is left alone, where "value" shrinks it for ever, logits included. Of normally
-    distributed values E[(|A| / rms)^6] is 15.
+    unit "rms": the window's own sqrt(E[A²]), or `most` where that is less. It is for the shape of a distribution what
+    "value" is for its size: a tensor of large but ordinary values is left alone, where "value" shrinks it for ever,
+    logits included. Of normally distributed values E[(|A| / rms)^6] is 15.
 
     With s a window's largest |A|, log m = power * log(s / (tau * unit)) + log E[(|A| / s)^power]: the mean's terms are
     at most 1 and one is 1, so that nothing overflows.
     """
     windows = a.reshape(1, -1) if unit == "value" else a.reshape(len(a), -1)
     largest, totals = np.array([_power_sum(w, power) for w in windows]).T
-    squares = None if unit == "value" else np.array([sum_squares(w) for w in windows])
+    squares = np.full(len(windows), np.inf)  # where the unit hangs on A, sum A²
     with np.errstate(divide="ignore", invalid="ignore"):  # log 0, of zeros; what is not finite shows in the loss
-        size = tau if squares is None else tau * np.sqrt(squares / windows.shape[1])
+        size = np.full(len(windows), float(tau))
+        if unit == "rms":
+            squares = np.array([sum_squares(w) for w in windows])
+            rms = np.sqrt(squares / windows.shape[1])
+            size *= rms if most is None else np.minimum(rms, most)
+            squares = squares if most is None else np.where(rms > most, np.inf, squares)
         log_m = power * np.log(largest / size) + np.log(totals / windows.shape[1]) - math.log(len(windows))
         log_m[(largest == 0) | (size == 0)] = -np.inf  # silence
         value = float(np.logaddexp.reduce([0.0, *log_m]))
@@ -220,7 +228,7 @@ def outlier(a: np.ndarray, tau: float, power: float, unit: str = "value") -> tup
 def outlier_backward(dvalue: float, cache: tuple) -> np.ndarray:
     """dvalue, a number -> dA like A. Of a window with mean m_b, S = sum |A|^power, m the mean of the m_b:
 
-    dA = dvalue * power * (m_b / B) / (1 + m) * (sign(A) |A|^(power - 1) / S  -  A / sum A² where the unit is rms)
+    dA = dvalue * power * (m_b / B) / (1 + m) * (sign(A) |A|^(power - 1) / S  -  A / sum A² where the unit is A's rms)
     """
     a, largest, totals, squares, shares, power = cache
     windows = a.reshape(len(largest), -1)
@@ -228,7 +236,7 @@ def outlier_backward(dvalue: float, cache: tuple) -> np.ndarray:
     for b in np.flatnonzero(shares != 0):
         factor = dvalue * power * shares[b]
         _power_backward(windows[b], largest[b], factor / largest[b] / totals[b], power, out=da[b])
-        if squares is not None:
+        if np.isfinite(squares[b]):
             root, kind = math.sqrt(squares[b]), da.dtype.type  # divided in two steps: its square may leave float32
             da[b] -= windows[b] * kind(1 / root) * kind(factor / root)
     return da.reshape(a.shape)

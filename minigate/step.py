@@ -104,7 +104,7 @@ class OutlierPenalty:
         o = self.options
         if distill.penalty_group(name) not in o.outlier_tensors:
             return None
-        value, cache = distill.outlier(a, o.tau(name), o.outlier_power, o.outlier_unit)
+        value, cache = distill.outlier(a, o.tau(name), o.outlier_power, o.outlier_unit, o.outlier_unit_most)
         self._values.append(value)
         return len(self._values) - 1, cache
 

@@ -144,6 +144,7 @@ LOSSES = (
     ("outlier_tau", as_number, "X", "above this an activation counts much"),
     ("outlier_decoder_tau", as_number_or_none, "X", "the same in the decoder's blocks, whose values are smaller"),
     ("outlier_unit", str, "UNIT", "of tau: value, as it stands, or rms, multiples of each window's root mean square"),
+    ("outlier_unit_most", as_number_or_none, "X", "largest root mean square that is taken as a unit"),
     ("outlier_power", as_number, "X", "above 1"),
     ("outlier_tensors", str, "GROUPS", f"comma-separated: {','.join(OUTLIER_GROUPS)}"),
 )
@@ -163,7 +164,7 @@ DATA = (
     ("freq_masks", as_whole, "N", "SpecAugment's"),
     ("freq_mask_bins", as_whole, "N", "widest of them, in mel bands"),
 )  # fmt: skip
-UNSET = {"encoder_layers": "all", "decoder_layers": "all", "pack_seed": "that of --seed",
+UNSET = {"outlier_unit_most": "none", "encoder_layers": "all", "decoder_layers": "all", "pack_seed": "that of --seed",
          "outlier_decoder_tau": "that of --outlier-tau"}  # what None stands for
 
 

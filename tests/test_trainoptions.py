@@ -29,7 +29,7 @@ def test_every_option_is_a_flag_and_reaches_its_dataclass():
         "eval_utterances": 7, "eval_outliers": 2, "max_skipped": 9, "max_unreadable": 0.5, "lr": 1e-3, "gate_lr": 1e-2,
         "warmup": 8, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "clip_norm": 2.0, "ema_decay": 0.99,
         "kl_weight": 0.1, "ce_weight": 0.2, "hidden_weight": 0.3, "temperature": 3.0, "outlier_weight": 0.4,
-        "outlier_unit": "rms",
+        "outlier_unit": "rms", "outlier_unit_most": 12.0,
         "outlier_tau": 5.0, "outlier_decoder_tau": 2.0, "outlier_power": 2.0, "language": "de", "timestamp_share": 0.1,
         "max_wer": 0.6, "max_compression_ratio": None, "gain_db": 3.0, "noise_share": 0.2, "time_masks": 1,
         "time_mask_s": 0.5, "freq_masks": 2, "freq_mask_bins": 10, "padded_share": 0.2, "pack_seed": 3,
