@@ -8,9 +8,11 @@ the reader of standard output has gone.
 import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 from minigate import __version__
+from minigate.batched import Together
 from minigate.command import FAILED, check_stdout, memory_as_file_error, run_main, say
 from minigate.errors import FileError
 from minigate.languages import LANGUAGES
@@ -22,6 +24,7 @@ from minigate.options import (
     decoding_options,
     errors_name_flags,
 )
+from minigate.result import Segment
 from minigate.transcribe import Transcription, check_options
 from minigate.writers import FORMATS, Outputs, plan_outputs
 
@@ -66,26 +69,31 @@ def run(args: Namespace) -> int:
     with errors_name_flags():
         model = load(args.model, args.threads)
         check_options(model, options)
-    code = 0
+    code, together = 0, Together(model, args.files, options) if options.batch_size > 1 else None
     for path, stem in zip(args.files, stems, strict=True):
         try:
             with memory_as_file_error(path):
-                transcribe_file(model, path, options, Outputs(args.format, args.output_dir, stem), args.quiet)
+                if together:
+                    transcription, found = together.next(path)
+                else:
+                    transcription = Transcription(model, path, options)
+                    found = transcription.by_window()
+                write_file(path, transcription, found, Outputs(args.format, args.output_dir, stem), args.quiet)
         except FileError as error:
             say(PROG, error)
             code = FAILED
     return code
 
 
-def transcribe_file(model, path: str, options: TranscribeOptions, outputs: Outputs, quiet: bool) -> None:
+def write_file(path: str, transcription: Transcription, found: Iterable[list[Segment]], outputs: Outputs,
+               quiet: bool) -> None:  # fmt: skip
     """Write the segments of one recording as they are found. Raises FileError."""
-    transcription = Transcription(model, path, options)
     probs = transcription.language_probs
     if probs and not quiet:
         language = transcription.language
         print(f"{path}: language {language}, {LANGUAGES[language]} ({probs[language]:.0%})", file=sys.stderr)
     with outputs, Progress(path, transcription.duration_s, quiet) as progress:
-        for segments in transcription.by_window():
+        for segments in found:
             with progress.aside():
                 for segment in segments:
                     outputs.segment(segment)

@@ -7,6 +7,7 @@ B windows, T audio positions, D n_state, V n_vocab.
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,15 @@ class DecodingResult:
     compression_ratio: float  # UTF-8 bytes / zlib bytes of the text
 
 
+@dataclass(frozen=True)
+class Own:
+    """What a window has for itself where several are decoded together; the rest is as in DecodingOptions."""
+
+    language: str  # code
+    sound_s: float | None = None
+    seed: tuple[int, ...] = ()
+
+
 def detect_language(model, xa: np.ndarray) -> list[dict[str, float]]:
     """xa (B, T, D) -> for each window the probability of every language that a multilingual model knows."""
     tokenizer = model.tokenizer
@@ -38,19 +48,26 @@ def detect_language(model, xa: np.ndarray) -> list[dict[str, float]]:
     return [dict(zip(tokenizer.all_language_codes, map(float, row), strict=True)) for row in probs]
 
 
-def decode(model, xa: np.ndarray, options: DecodingOptions | None = None) -> list[DecodingResult]:
+def decode(model, xa: np.ndarray, options: DecodingOptions | None = None, own: Sequence[Own] = ()
+           ) -> list[DecodingResult]:  # fmt: skip
     """xa (B, T, D) as `model.encode` returns it -> B results.
 
-    Raises UsageError when the model cannot do what the options ask: another language or task, tokens it lacks.
+    own: B of them, where windows differ in more than their sound. A window's result is the one that it has by itself,
+    but for the last digits of its logits. Raises UsageError when the model cannot do what the options ask: another
+    language or task, tokens it lacks.
     """
     options = options or DecodingOptions()
-    if options.language is None and model.is_multilingual:
+    if own:
+        probs, languages = [None] * len(xa), [window.language for window in own]
+    elif options.language is None and model.is_multilingual:
         probs = detect_language(model, xa)
         languages = [max(p, key=p.get) for p in probs]
     else:
         probs = [None] * len(xa)
         languages = [model.tokenizer.language_code(options.language)] * len(xa)
-    texts, no_speech = search_texts(model, xa, options, languages)
+    seed = (options.seed,) if isinstance(options.seed, int) else options.seed
+    own = own or [Own(language, options.sound_s, (*seed, i)) for i, language in enumerate(languages)]
+    texts, no_speech = search_texts(model, xa, options, own)
     results = []
     for window, text in sorted(texts.items()):
         plain = model.tokenizer.decode(text.tokens).strip()
@@ -63,16 +80,16 @@ def decode(model, xa: np.ndarray, options: DecodingOptions | None = None) -> lis
 
 
 def search_texts(
-    model, xa: np.ndarray, options: DecodingOptions, languages: list[str]
+    model, xa: np.ndarray, options: DecodingOptions, own: Sequence[Own]
 ) -> tuple[dict[int, Text], np.ndarray]:
     """xa (B, T, D) -> the best text by window, and the windows' no-speech probabilities (B,)."""
-    search = new_search(options, len(xa), model.tokenizer.eot)
-    opening, sot = opening_tokens(model, options, languages)
+    search = new_search(options, [window.seed for window in own], model.tokenizer.eot)
+    opening, sot = opening_tokens(model, options, [window.language for window in own])
     cache = model.start(xa)
     logits, no_speech = open_transcript(model, opening, sot, cache)
     cache.repeat(search.group)
     logits = np.repeat(logits, search.group, axis=0)
-    rules = Rules(model, options)
+    rules = Rules(model, options, np.repeat([window.sound_s for window in own], search.group))
     texts: dict[int, Text] = {}
     windows = np.arange(len(xa))  # those still decoded
     steps = min(options.sample_len or model.dims.n_text_ctx // 2, model.dims.n_text_ctx + 1 - opening.shape[1])
@@ -91,18 +108,18 @@ def search_texts(
             windows = windows[left]
             search.keep(left)
             cache.keep(left)
+            rules.keep((left[:, None] * search.group + np.arange(search.group)).ravel())
         logits = model.decode(search.tokens[:, -1:], cache)
     return texts, no_speech
 
 
-def new_search(options: DecodingOptions, windows: int, eot: int) -> Sampler | Beam:
-    """The search that the options ask for. One beam without patience is greedy."""
+def new_search(options: DecodingOptions, seeds: Sequence[tuple[int, ...]], eot: int) -> Sampler | Beam:
+    """The search that the options ask for, a seed for each window. One beam without patience is greedy."""
     if options.temperature > 0:
-        seed = (options.seed,) if isinstance(options.seed, int) else options.seed
-        return Sampler(windows, options.best_of, eot, options.temperature, seed)
+        return Sampler(seeds, options.best_of, eot, options.temperature)
     if options.beam_size > 1 or options.patience != 1:
-        return Beam(windows, options.beam_size, eot, options.patience)
-    return Sampler(windows, 1, eot, 0.0, ())
+        return Beam(len(seeds), options.beam_size, eot, options.patience)
+    return Sampler(seeds, 1, eot, 0.0)
 
 
 def opening_tokens(model, options: DecodingOptions, languages: list[str]) -> tuple[np.ndarray, int]:

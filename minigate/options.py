@@ -20,6 +20,7 @@ from minigate.tokenizer import TASKS
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 LEAST_TEMPERATURE = 0.01  # above 0: logits / temperature stay in float32's range
+MAX_WINDOWS = 64  # decoded together: 14 MB of keys and values each for tiny, 59 MB for base
 MAX_TEXTS = 100  # beams or samples decoded at once: memory and time grow with each
 MODEL_SUPPRESS_SET = -1  # in suppress_tokens: the model's own list of non-speech symbols
 
@@ -43,6 +44,7 @@ class TranscribeOptions:
     hotwords: str | None = None  # words before every window, in front of the previous text
     suppress_tokens: str | Iterable[int] | None = "-1"  # never decoded; -1: the model's list of non-speech symbols
     without_timestamps: bool = False  # one segment per 30 s window
+    batch_size: int = 1  # windows decoded together; above 1 they are cut beforehand and no text is a prompt for another
 
     def __post_init__(self):
         check = Checks(self)
@@ -62,15 +64,14 @@ class TranscribeOptions:
         check.tokens()
         check.flag("without_timestamps")
         check.finished_texts()
+        check.whole("batch_size", 1, MAX_WINDOWS)
 
-    def window(self, language: str, temperature: float, prompt: list[int], seed: tuple[int, ...],
-               sound_s: float | None = None) -> "DecodingOptions":  # fmt: skip
-        """The options of one window's decoding."""
+    def window(self, temperature: float, prompt: list[int]) -> "DecodingOptions":
+        """The options of decoding windows, but for what each has for itself (`decoding.Own`)."""
         return DecodingOptions(
-            language=language, task=self.task, temperature=temperature, beam_size=self.beam_size,
-            patience=self.patience, best_of=self.best_of, length_penalty=self.length_penalty, prompt=tuple(prompt),
-            suppress_tokens=self.suppress_tokens, without_timestamps=self.without_timestamps, seed=seed,
-            sound_s=sound_s,
+            task=self.task, temperature=temperature, beam_size=self.beam_size, patience=self.patience,
+            best_of=self.best_of, length_penalty=self.length_penalty, prompt=tuple(prompt),
+            suppress_tokens=self.suppress_tokens, without_timestamps=self.without_timestamps,
         )  # fmt: skip
 
 
@@ -258,6 +259,9 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, defaults: dict | Non
     group.add_argument("--without-timestamps", action="store_true", default=default.without_timestamps,
                        help="decode text only, one segment per 30 s window (default: "
                             f"{'without' if default.without_timestamps else 'with timestamps'})")
+    add("batch_size", as_whole, "N", f"windows of 30 s that are decoded together, 1 to {MAX_WINDOWS}, of one recording "
+        "or several; above 1 a long recording is cut beforehand at the quietest point of each window's last 5 s, "
+        "and no window has the text before it as a prompt")
 
 
 def decoding_options(args: argparse.Namespace) -> dict:

@@ -9,6 +9,8 @@ again.
 V n_vocab.  Timestamps are the last ids of the vocabulary: `timestamp_begin` is 0.00 s, each further id 0.02 s more.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from minigate.errors import UsageError
@@ -39,24 +41,34 @@ def suppressed_tokens(model, chosen: tuple[int, ...]) -> np.ndarray:
 
 
 class Rules:
-    """The rules for one model and one choice of options; they keep no state between calls."""
+    """The rules for one model and one choice of options; of what was decoded they remember nothing.
 
-    def __init__(self, model, options: DecodingOptions):
+    sounds: of each row, the seconds of its sound, or None where silence is heard after it; options.sound_s of all rows
+    unless given.
+    """
+
+    def __init__(self, model, options: DecodingOptions, sounds: Sequence[float | None] | None = None):
         tokenizer = model.tokenizer
         self.eot = tokenizer.eot
         self.timestamp_begin = tokenizer.timestamp_begin
         self.timestamps = not options.without_timestamps
         self.never = suppressed_tokens(model, options.suppress_tokens)
         self.not_first = np.array([*tokenizer.encode(" "), self.eot] if options.suppress_blank else [], int)
-        self.max_initial = self.max_start = None
+        self.max_initial = self.max_start = None  # the latest timestamps; max_start (rows,) or (1,), for all of them
         if self.timestamps:
             self.never = np.union1d(self.never, tokenizer.no_timestamps)
             precision_s = CHUNK_S / model.dims.n_audio_ctx  # 0.02
             if options.max_initial_timestamp is not None:
                 self.max_initial = self.timestamp_begin + round(options.max_initial_timestamp / precision_s)
-            if options.sound_s is not None:
-                latest_s = max(0.0, options.sound_s - SHORTEST_SEGMENT_S)
-                self.max_start = self.timestamp_begin + int(latest_s / precision_s)
+            sounds = [options.sound_s] if sounds is None else sounds
+            if any(sound_s is not None for sound_s in sounds):
+                latest_s = [CHUNK_S if s is None else max(0.0, s - SHORTEST_SEGMENT_S) for s in sounds]
+                self.max_start = np.array([self.timestamp_begin + int(s / precision_s) for s in latest_s])
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Go on with these rows only, indices into those of now."""
+        if self.max_start is not None:
+            self.max_start = self.max_start[rows]
 
     def apply(self, logits: np.ndarray, tokens: np.ndarray) -> None:
         """logits (rows, V) float32, changed in place; tokens (rows, n): what was decoded so far, n >= 0."""
@@ -73,9 +85,9 @@ class Rules:
         logits[:, self.not_first] = -np.inf
         if self.timestamps:
             logits[:, : self.timestamp_begin] = -np.inf
-            for latest in (self.max_initial, self.max_start):
-                if latest is not None:
-                    logits[:, latest + 1 :] = -np.inf
+            if self.max_initial is not None:
+                logits[:, self.max_initial + 1 :] = -np.inf
+            self._begin_in_sound(logits, np.arange(len(logits)))
 
     def _pairs(self, logits: np.ndarray, tokens: np.ndarray) -> None:
         """A start is followed by text, an end by a start or the end of the text, and none runs backwards.
@@ -94,8 +106,14 @@ class Rules:
         np.copyto(logits[:, begin:], -np.inf, where=~allowed)
         for row in np.flatnonzero(closed):
             logits[row, : self.eot] = -np.inf
-            if self.max_start is not None:
-                logits[row, self.max_start + 1 :] = -np.inf
+        self._begin_in_sound(logits, np.flatnonzero(closed))
+
+    def _begin_in_sound(self, logits: np.ndarray, rows: np.ndarray) -> None:
+        """In these rows a segment may begin, if there is sound left for it."""
+        if self.max_start is not None:
+            latest = np.broadcast_to(self.max_start, len(logits))
+            for row in rows:
+                logits[row, latest[row] + 1 :] = -np.inf
 
     def _prefer_timestamps(self, logits: np.ndarray) -> None:
         """Where all timestamps together are likelier than the likeliest other token, it is one of them."""

@@ -7,6 +7,7 @@ one token. A window is `done` when nothing more can change its texts; `keep` dro
 V n_vocab, W windows, K candidates of a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,16 +64,17 @@ def before_end(tokens: np.ndarray, eot: int) -> list[int]:
 class Sampler:
     """Every row by itself: the likeliest token at temperature 0, else a draw from softmax(logits / temperature).
 
-    Draws come from one numpy Generator per window, seeded with (*seed, window): a window's texts depend neither on
-    the windows beside it nor on the machine's threads.
+    Draws come from one numpy Generator per window, with the window's own seed: its texts depend neither on the windows
+    beside it nor on the machine's threads.
     """
 
-    def __init__(self, windows: int, group: int, eot: int, temperature: float, seed: tuple[int, ...]):
+    def __init__(self, seeds: Sequence[tuple[int, ...]], group: int, eot: int, temperature: float):
+        windows = len(seeds)
         self.group, self.eot, self.temperature = group, eot, temperature
         self.tokens = np.empty((windows * group, 0), int)
         self.sum_logprob = np.zeros(windows * group, np.float32)
         self.ended = np.zeros(windows * group, bool)
-        self.random = [np.random.default_rng((*seed, window)) for window in range(windows)]
+        self.random = [np.random.default_rng(seed) for seed in seeds]
 
     def step(self, logits: np.ndarray) -> None:
         """logits (rows, V), forbidden tokens at -inf: extend every row; one that has ended gets end tokens."""

@@ -9,12 +9,12 @@ failed, and cut into segments at its timestamps; the next window begins where th
 Positions within a window are in timestamp steps of 0.02 s, `seek` in mel frames of 0.01 s, times in seconds.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 
 import numpy as np
 
-from minigate.decoding import DecodingResult, decode, detect_language
+from minigate.decoding import DecodingResult, Own, decode, detect_language
 from minigate.errors import FileError, UsageError
 from minigate.mel import HOP_LENGTH, N_FRAMES, SAMPLE_RATE, MelWindows
 from minigate.options import TranscribeOptions
@@ -45,7 +45,12 @@ def transcribe(
     if unknown:
         names = ", ".join(field.name for field in fields(TranscribeOptions))
         raise UsageError(f"options: expected some of {names}, got {', '.join(sorted(unknown))}")
-    transcription = Transcription(model, audio, TranscribeOptions(**options))
+    checked = TranscribeOptions(**options)
+    if checked.batch_size > 1:
+        from minigate.batched import BatchedTranscription as kind
+    else:
+        kind = Transcription
+    transcription = kind(model, audio, checked)
     for segments in transcription.by_window():
         for segment in segments if on_segment else ():
             on_segment(segment)
@@ -92,8 +97,7 @@ class Transcription:
         self.language_probs: dict[str, float] | None = None
         self._encoded: tuple[np.ndarray, np.ndarray] | None = None  # the last window: mel, xa
         self.language = self._language()
-        self._hotwords = self._encode(options.hotwords)[: self._prompt_space]
-        self._previous = self._encode(options.initial_prompt)  # text before the next window
+        self._previous = text_tokens(model, options.initial_prompt)  # text before the next window
 
     @property
     def done_s(self) -> float:
@@ -132,25 +136,13 @@ class Transcription:
             self._encoded = mel, self.model.encode(mel[None])
         return self._encoded[1]
 
-    def _encode(self, text: str | None) -> list[int]:
-        text = (text or "").strip()
-        return self.model.tokenizer.encode(f" {text}") if text else []
-
-    @property
-    def _prompt_space(self) -> int:
-        return self.model.dims.n_text_ctx // 2 - 1  # tokens
-
-    def _prompt(self) -> list[int]:
-        """Hotwords, then as much of the end of the previous text as there is space for."""
-        kept = min(self._prompt_space - len(self._hotwords), len(self._previous))
-        return self._hotwords + self._previous[len(self._previous) - kept :]
-
     def _window(self) -> list[Segment]:
         """Decode the window at `seek`, and move `seek` and the previous text on."""
         mel, n_frames = self.windows.window(self.seek)
         seek, heard = self.seek, context_frames(self.model, n_frames)
-        sound_s = None if heard == N_FRAMES else n_frames * HOP_LENGTH / SAMPLE_RATE
-        found = self._decode(self._listen(mel[:, :heard]), sound_s)
+        own = Own(self.language, sound_s(n_frames, heard), (seek,))
+        prompt = prompt_tokens(self.model, self.options, self._previous)
+        [found] = decode_until_good(self.model, self._listen(mel[:, :heard]), self.options, prompt, [own])
         if is_silence(found, self.options):
             self.seek += n_frames
             return []
@@ -160,35 +152,70 @@ class Transcription:
             begin = self.model.tokenizer.timestamp_begin
             pieces, advance = cut(found.tokens, begin, n_frames, N_FRAMES // self.model.dims.n_audio_ctx)
         self.seek += advance
-        segments = [self._segment(len(self.segments) + i, seek, *piece, found) for i, piece in enumerate(pieces)]
+        segments = segments_of(self.model.tokenizer, found, pieces, seek, len(self.segments))
         if self.options.condition_on_previous_text and found.temperature <= RELIABLE_TEMPERATURE:
             self._previous += [token for segment in segments for token in segment.tokens]
         else:
             self._previous = []
         return segments
 
-    def _decode(self, xa: np.ndarray, sound_s: float | None) -> DecodingResult:
-        """xa (1, T, D) -> the first result, at ascending temperatures, that has not failed, else the last."""
-        for i, temperature in enumerate(self.options.temperature):
-            options = self.options.window(self.language, temperature, self._prompt(), (self.seek, i), sound_s)
-            [found] = decode(self.model, xa, options)
-            if not has_failed(found, self.options):
-                break
-        return found
 
-    def _segment(self, number: int, seek: int, start_s: float, end_s: float, tokens: list[int], found) -> Segment:
-        """start_s and end_s from the window's beginning. A segment without length or words keeps its place, empty."""
-        tokenizer = self.model.tokenizer
+def text_tokens(model, text: str | None) -> list[int]:
+    """A prompt's text -> its tokens, as they would stand within a transcript."""
+    text = (text or "").strip()
+    return model.tokenizer.encode(f" {text}") if text else []
+
+
+def prompt_tokens(model, options: TranscribeOptions, previous: list[int]) -> list[int]:
+    """Hotwords, then as much of the end of the previous text as there is space for."""
+    space = model.dims.n_text_ctx // 2 - 1
+    hotwords = text_tokens(model, options.hotwords)[:space]
+    kept = min(space - len(hotwords), len(previous))
+    return hotwords + previous[len(previous) - kept :]
+
+
+def sound_s(n_frames: int, heard: int) -> float | None:
+    """Of a window with so many frames of content, of which the encoder hears so many: seconds of sound where no silence
+    is heard after it, else None."""
+    return None if heard == N_FRAMES else n_frames * HOP_LENGTH / SAMPLE_RATE
+
+
+def decode_until_good(model, xa: np.ndarray, options: TranscribeOptions, prompt: list[int], own: Sequence[Own]
+                      ) -> list[DecodingResult]:  # fmt: skip
+    """xa (B, T, D) -> for each window the first result, at ascending temperatures, that has not failed, else the
+    last. own: seeds are to become different for each temperature."""
+    found: list[DecodingResult | None] = [None] * len(own)
+    left = list(range(len(own)))
+    for attempt, temperature in enumerate(options.temperature):
+        windows = [replace(own[i], seed=(*own[i].seed, attempt, 0)) for i in left]
+        results = decode(model, xa[left], options.window(temperature, prompt), windows)
+        for i, result in zip(left, results, strict=True):
+            found[i] = result
+        left = [i for i in left if has_failed(found[i], options)]
+        if not left:
+            break
+    return found
+
+
+def segments_of(tokenizer, found: DecodingResult, pieces: Sequence[tuple[float, float, list[int]]], seek: int,
+                first: int) -> list[Segment]:  # fmt: skip
+    """A window's pieces (start_s, end_s from its beginning, tokens) -> segments, the first with the number `first`.
+
+    A segment without length or words keeps its place, empty.
+    """
+    segments = []
+    for number, (start_s, end_s, tokens) in enumerate(pieces, first):
         offset_s = seek * HOP_LENGTH / SAMPLE_RATE
         start, end = offset_s + start_s, offset_s + end_s
         text = tokenizer.decode([token for token in tokens if token < tokenizer.eot])
         if start == end or not text.strip():
             text, tokens = "", []
-        return Segment(
+        segments.append(Segment(
             id=number, seek=seek, start=start, end=end, text=text, tokens=tokens, temperature=found.temperature,
             avg_logprob=found.avg_logprob, compression_ratio=found.compression_ratio,
             no_speech_prob=found.no_speech_prob,
-        )  # fmt: skip
+        ))  # fmt: skip
+    return segments
 
 
 def has_failed(found: DecodingResult, options: TranscribeOptions) -> bool:

@@ -64,8 +64,8 @@ def test_what_is_given_in_several_forms_is_put_into_one():
 def test_a_window_takes_over_what_is_its():
     options = TranscribeOptions(beam_size=3, patience=2.0, best_of=4, length_penalty=0.5, suppress_tokens=[5],
                                 without_timestamps=True, task="translate")  # fmt: skip
-    window = options.window("de", 0.5, [1, 2], (30, 1))
-    assert (window.language, window.temperature, window.prompt, window.seed) == ("de", 0.5, (1, 2), (30, 1))
+    window = options.window(0.5, [1, 2])
+    assert (window.temperature, window.prompt) == (0.5, (1, 2))
     shared = {f.name for f in dataclasses.fields(DecodingOptions)} & {f.name for f in dataclasses.fields(options)}
     for name in shared - {"language", "temperature"}:
         assert getattr(window, name) == getattr(options, name)
@@ -83,13 +83,13 @@ def test_flags_are_the_options():
         "--language", "de", "--task", "translate", "--beam-size", "5", "--patience", "1.5", "--length-penalty", "0.6",
         "--best-of", "3", "--temperature", "0,0.5", "--compression-ratio-threshold", "3", "--logprob-threshold", "-2",
         "--no-speech-threshold", "none", "--no-condition-on-previous-text", "--initial-prompt", "Ab",
-        "--hotwords", "Cd", "--suppress-tokens=-1,7", "--without-timestamps",
+        "--hotwords", "Cd", "--suppress-tokens=-1,7", "--without-timestamps", "--batch-size", "8",
     )  # fmt: skip
     assert given == dict(
         language="de", task="translate", beam_size=5, patience=1.5, length_penalty=0.6, best_of=3,
         temperature=(0.0, 0.5), compression_ratio_threshold=3.0, logprob_threshold=-2.0, no_speech_threshold=None,
         condition_on_previous_text=False, initial_prompt="Ab", hotwords="Cd", suppress_tokens=(-1, 7),
-        without_timestamps=True,
+        without_timestamps=True, batch_size=8,
     )  # fmt: skip
     assert set(given) == {field.name for field in dataclasses.fields(TranscribeOptions)}
 

@@ -129,8 +129,8 @@ def test_a_beam_without_possible_rows_is_done():
     assert beam.finished == [[Text([], 0.0)]] and best_text(beam.texts(0), None) == Text([], 0.0)
 
 
-@pytest.mark.parametrize("new", [lambda: Beam(4, 3, EOT, 1.0), lambda: Sampler(4, 1, EOT, 0.0, ()),
-                                 lambda: Sampler(4, 4, EOT, 0.8, (5,))])  # fmt: skip
+@pytest.mark.parametrize("new", [lambda: Beam(4, 3, EOT, 1.0), lambda: Sampler([()] * 4, 1, EOT, 0.0),
+                                 lambda: Sampler([(5, i) for i in range(4)], 4, EOT, 0.8)])  # fmt: skip
 def test_windows_do_not_see_each_other(new):
     rows = [table(seed, possible=12) for seed in range(4)]
     together = run(new(), lambda window, tokens: rows[window](tokens), 12, windows=4)
@@ -143,14 +143,14 @@ def test_windows_do_not_see_each_other(new):
 
 def test_greedy_takes_the_likeliest_token_and_counts_the_end():
     row = table(4)
-    text = run(Sampler(1, 1, EOT, 0.0, ()), lambda _, tokens: row(tokens), 30)[0][0]
+    text = run(Sampler([()], 1, EOT, 0.0), lambda _, tokens: row(tokens), 30)[0][0]
     for n, token in enumerate([*text.tokens, EOT]):
         assert token == row(text.tokens[:n]).argmax()
     assert text.sum_logprob == pytest.approx(logprob(row, [*text.tokens, EOT]), abs=1e-5)
 
 
 def test_a_row_that_has_ended_stays_so():
-    sampler = Sampler(1, 2, EOT, 0.0, ())
+    sampler = Sampler([()], 2, EOT, 0.0)
     end, word = np.full(V, -9.0), np.full(V, -9.0)
     end[EOT], word[1] = 0, 0
     sampler.step(np.stack([end, word]).astype(np.float32))
@@ -164,7 +164,7 @@ def test_draws_follow_the_tempered_probabilities():
     temperature, n = 0.5, 20_000
     logits = np.full((n, V), -np.inf, np.float32)
     logits[:, 5:9] = np.log([0.1, 0.2, 0.3, 0.4])
-    sampler = Sampler(1, n, EOT, temperature, (0,))
+    sampler = Sampler([(0,)], n, EOT, temperature)
     sampler.step(logits)
     share = np.bincount(sampler.tokens[:, 0], minlength=V) / n
     expected = np.array([0.1, 0.2, 0.3, 0.4]) ** 2
@@ -174,7 +174,7 @@ def test_draws_follow_the_tempered_probabilities():
 
 
 def test_a_draw_of_0_is_the_first_possible_token():
-    sampler = Sampler(1, 1, EOT, 1.0, ())
+    sampler = Sampler([()], 1, EOT, 1.0)
     sampler.random = [SimpleNamespace(random=np.zeros)]
     logits = np.full((1, V), -np.inf, np.float32)
     logits[0, [6, 8]] = 0
@@ -186,7 +186,7 @@ def test_draws_repeat_with_the_seed_alone():
     logits = np.zeros((3, V), np.float32)
 
     def draw(seed):
-        sampler = Sampler(1, 3, EOT, 1.0, seed)
+        sampler = Sampler([seed], 3, EOT, 1.0)
         for _ in range(6):
             sampler.step(logits)
         return sampler.tokens.tolist()

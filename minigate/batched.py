@@ -1,0 +1,214 @@
+"""Several windows at a time: of one long recording, or of many, cut beforehand and decoded together.
+
+    recordings --Cutter--> pieces of at most 30 s --encode and decode, batch_size at a time--> segments, in order
+
+The encoder's and the decoder's weights are read once for all windows of a batch. The price: where a window ends is
+settled before its text is known, at the quietest point of its last 5 s, and no window has the text before it as a
+prompt. The initial prompt stands before each recording's windows, all of them.
+
+A model of variable context hears a piece's own length, so that only pieces of one length go together: they are taken
+from the next few batches' worth.
+
+Positions are mel frames of 0.01 s, times seconds.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from minigate.decoding import DecodingResult, Own
+from minigate.errors import FileError
+from minigate.mel import HOP_LENGTH, N_FRAMES, SAMPLE_RATE
+from minigate.options import TranscribeOptions
+from minigate.result import Segment
+from minigate.transcribe import (
+    Transcription,
+    context_frames,
+    cut,
+    decode_until_good,
+    is_silence,
+    prompt_tokens,
+    segments_of,
+    sound_s,
+    text_tokens,
+)
+
+FRAMES_PER_S = SAMPLE_RATE // HOP_LENGTH
+SEARCHED = 5 * FRAMES_PER_S  # frames at a window's end in which it may be cut
+QUIET = FRAMES_PER_S // 5  # frames, 0.2 s, over which loudness is averaged
+AHEAD = 4  # batches' worth of pieces among which those of one length are looked for
+
+
+class BatchedTranscription(Transcription):
+    """A recording whose windows are cut beforehand; otherwise as its parent.
+
+    `pieces` cuts, `take` is given what was decoded, in order; `by_window` does both for this recording alone.
+    number: of the recording among those that are decoded together.
+    """
+
+    def __init__(self, model, audio, options: TranscribeOptions, number: int = 0):
+        super().__init__(model, audio, options)
+        self.number, self.taken = number, 0  # frames whose segments are found
+
+    @property
+    def done_s(self) -> float:
+        return self.taken * HOP_LENGTH / SAMPLE_RATE
+
+    def pieces(self) -> Iterator["Piece"]:
+        """The recording, cut; `seek` is the next cut."""
+        while not self.windows.ended(self.seek):
+            seek = self.seek
+            mel, n_frames = self.windows.window(seek)
+            if n_frames == N_FRAMES and not self.windows.ended(seek + N_FRAMES):
+                n_frames = quietest(mel)
+                mel[:, n_frames:] = 0  # as behind a recording's end
+            self.seek += n_frames
+            yield Piece(self, seek, mel[:, : context_frames(self.model, n_frames)], n_frames)
+
+    def take(self, piece: "Piece", found: DecodingResult) -> list[Segment]:
+        """What was decoded of a piece -> its segments; none where nobody spoke."""
+        self.taken = piece.seek + piece.n_frames
+        if is_silence(found, self.options):
+            return []
+        whole_s = piece.n_frames * HOP_LENGTH / SAMPLE_RATE
+        parts = [(0.0, whole_s, found.tokens)]
+        if not self.options.without_timestamps:
+            parts = cut_whole(found.tokens, self.model.tokenizer.timestamp_begin, piece.n_frames,
+                              N_FRAMES // self.model.dims.n_audio_ctx)  # fmt: skip
+        segments = segments_of(self.model.tokenizer, found, parts, piece.seek, len(self.segments))
+        self.segments += segments
+        return segments
+
+    def by_window(self) -> Iterator[list[Segment]]:
+        for _, segments in decode_pieces(self.pieces(), self.options.batch_size):
+            yield segments
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A window of a recording: mel (n_mels, frames that the encoder hears), frames of content."""
+
+    transcription: BatchedTranscription
+    seek: int
+    mel: np.ndarray
+    n_frames: int
+
+
+def quietest(mel: np.ndarray) -> int:
+    """mel (n_mels, 3000) -> the frame of its last 5 s, the last of equals, around which 0.2 s are the quietest."""
+    loudness = mel[:, N_FRAMES - SEARCHED - QUIET // 2 :].mean(axis=0, dtype=np.float64)
+    sums = np.concatenate([[0.0], loudness.cumsum()])
+    around = (sums[QUIET:] - sums[:-QUIET]).round(6)  # around[i]: frames i to i + QUIET of those above
+    return N_FRAMES - SEARCHED + len(around) - 1 - int(around[::-1].argmin())
+
+
+def cut_whole(tokens: list[int], timestamp_begin: int, n_frames: int, frames_per_step: int
+              ) -> list[tuple[float, float, list[int]]]:  # fmt: skip
+    """As `transcribe.cut`, but what follows the last pair of timestamps is a segment too, up to the window's end or a
+    last timestamp of its own: no later window will hear it again."""
+    parts, advance = cut(tokens, timestamp_begin, n_frames, frames_per_step)
+    taken = sum(len(part) for _, _, part in parts)
+    rest = tokens[taken:]
+    if rest:
+        start_s = advance * HOP_LENGTH / SAMPLE_RATE
+        parts.append((start_s, max(start_s, n_frames * HOP_LENGTH / SAMPLE_RATE), rest))
+    return parts
+
+
+@dataclass(frozen=True)
+class Found:
+    """Something about recording `number`: opened (no segments yet), a window's segments, or its end (None)."""
+
+    number: int
+    transcription: BatchedTranscription | None  # None: it could not be opened
+    segments: list[Segment] | None
+    error: FileError | None = None  # that ended it
+
+
+def transcribe_all(model, sources: Iterable, options: TranscribeOptions) -> Iterator[Found]:
+    """Recordings (as `Transcription` takes them), decoded across their borders -> what is found, in their order."""
+
+    def items() -> Iterator[Piece | Found]:
+        for number, source in enumerate(sources):
+            transcription = None
+            try:
+                transcription = BatchedTranscription(model, source, options, number)
+                yield Found(number, transcription, [])
+                yield from transcription.pieces()
+                yield Found(number, transcription, None)
+            except FileError as error:
+                yield Found(number, transcription, None, error)
+
+    for item, segments in decode_pieces(items(), options.batch_size):
+        is_piece = isinstance(item, Piece)
+        yield Found(item.transcription.number, item.transcription, segments) if is_piece else item
+
+
+class Together:
+    """`transcribe_all`, one recording after the other."""
+
+    def __init__(self, model, sources: Iterable, options: TranscribeOptions):
+        self._recordings = itertools.groupby(transcribe_all(model, sources, options), lambda found: found.number)
+
+    def next(self, name: str) -> tuple[BatchedTranscription, Iterator[list[Segment]]]:
+        """-> the next recording and the segments of each of its windows, which raise FileError where it ends badly.
+
+        Raises FileError when it cannot be opened, or is lost because decoding ended before its turn.
+        """
+        group = next(self._recordings, None)
+        if group is None:
+            raise FileError(f"{name}: not transcribed, since a batch before it failed; a smaller --batch-size may help")
+        opened = next(group[1])
+        if opened.error:
+            raise opened.error
+        return opened.transcription, self._segments(group[1])
+
+    @staticmethod
+    def _segments(rest: Iterator[Found]) -> Iterator[list[Segment]]:
+        for found in rest:
+            if found.error:
+                raise found.error
+            if found.segments is not None:
+                yield found.segments
+
+
+def decode_pieces(items: Iterable, batch_size: int) -> Iterator[tuple[object, list[Segment] | None]]:
+    """Pieces -> each with its segments, in the same order; anything else among them passes through, with None."""
+    waiting: list = []
+    for item in items:
+        waiting.append(item)
+        pieces = [each for each in waiting if isinstance(each, Piece)]
+        full = len(pieces) == AHEAD * batch_size or len(pieces) == batch_size and len(set(map(_kind, pieces))) == 1
+        if full or not pieces:
+            yield from _decode_all(waiting, batch_size)
+            waiting = []
+    yield from _decode_all(waiting, batch_size)
+
+
+def _kind(piece: Piece) -> int:
+    """What pieces that are decoded together have in common."""
+    return piece.mel.shape[1]
+
+
+def _decode_all(items: list, batch_size: int) -> Iterator[tuple[object, list[Segment] | None]]:
+    kinds: dict[int, list[Piece]] = {}
+    for item in items:
+        if isinstance(item, Piece):
+            kinds.setdefault(_kind(item), []).append(item)
+    found: dict[int, DecodingResult] = {}
+    for alike in kinds.values():
+        for start in range(0, len(alike), batch_size):
+            some = alike[start : start + batch_size]
+            found |= zip(map(id, some), _decode(some), strict=True)
+    for item in items:
+        yield item, item.transcription.take(item, found[id(item)]) if id(item) in found else None
+
+
+def _decode(pieces: list[Piece]) -> list[DecodingResult]:
+    """Pieces of one kind, together."""
+    model, options = pieces[0].transcription.model, pieces[0].transcription.options
+    prompt = prompt_tokens(model, options, text_tokens(model, options.initial_prompt))
+    own = [Own(p.transcription.language, sound_s(p.n_frames, p.mel.shape[1]), (p.seek,)) for p in pieces]
+    return decode_until_good(model, model.encode(np.stack([p.mel for p in pieces])), options, prompt, own)

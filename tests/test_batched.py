@@ -1,0 +1,225 @@
+"""Windows of one or several recordings together: where they are cut, and that each has what it has by itself."""
+
+import numpy as np
+import pytest
+
+from minigate import batched, cli
+from minigate import transcribe as module
+from minigate.batched import BatchedTranscription, cut_whole, quietest
+from minigate.decoding import Own, decode
+from minigate.errors import FileError
+from minigate.options import DecodingOptions, TranscribeOptions
+from minigate.transcribe import transcribe
+from tests.scripted import ENGLISH as T
+from tests.scripted import LOW, ScriptedModel, heard, says
+from tests.test_transcribe import SURE, at, times_and_texts
+
+ASK, NOT, AND, SO = T.encode(" ask not and so")
+BEGIN = T.timestamp_begin
+
+
+class Windows:
+    """MelWindows of a recording of n_frames whose first frame says number + seek; quiet at the frames of `pauses`."""
+
+    def __init__(self, n_frames, number=0, pauses=(), error_at=None):
+        self.n_frames, self.number, self.pauses, self.error_at = n_frames, number, pauses, error_at
+        self.duration_s = n_frames / 100
+
+    def ended(self, seek):
+        return seek >= self.n_frames
+
+    def window(self, seek):
+        if self.error_at is not None and seek >= self.error_at:
+            raise FileError(f"recording {self.number}: damaged")
+        n = min(3000, self.n_frames - seek)
+        mel = np.zeros((80, 3000), np.float32)
+        mel[:, :n] = 1
+        for pause in self.pauses:
+            if seek <= pause < seek + n:
+                mel[:, pause - seek - 10 : pause - seek + 10] = -1
+        mel[0, 0] = self.number + seek
+        return mel, n
+
+    def language_window(self):
+        return self.window(0)[0]
+
+
+@pytest.fixture(autouse=True)
+def windows(monkeypatch):
+    """`audio` is a Windows, or an error."""
+
+    def fake(audio, n_mels):
+        if isinstance(audio, FileError):
+            raise audio
+        return audio
+
+    monkeypatch.setattr(module, "MelWindows", fake)
+
+
+# --- where windows are cut
+
+
+def test_a_window_is_cut_at_the_quietest_point_of_its_last_5_s():
+    mel = np.random.default_rng(0).uniform(0.5, 1, (80, 3000)).astype(np.float32)
+    mel[:, 1000:1040] = -1  # too early
+    mel[:, 2700:2720] = 0
+    mel[:, 2900:2905] = -0.2  # as quiet, but short
+    assert quietest(mel) == 2710
+    mel[:, 2985:] = -1  # near the end: the last moment is as quiet as any
+    assert quietest(mel) == 2990
+    mel[:, 2480:2520] = -2
+    assert 2500 <= quietest(mel) <= 2510
+    assert quietest(np.ones((80, 3000), np.float32)) == 2990
+
+
+def test_pieces_cover_a_recording_and_nothing_is_heard_behind_a_cut():
+    made = BatchedTranscription(ScriptedModel(says({})), Windows(8000, pauses=(2800, 5500)), TranscribeOptions())
+    pieces = list(made.pieces())
+    assert [(p.seek, p.n_frames) for p in pieces] == [(0, 2800), (2800, 2700), (5500, 2500)]
+    for piece in pieces:
+        assert piece.mel.shape == (80, 3000) and not piece.mel[:, piece.n_frames :].any()
+    [whole] = BatchedTranscription(ScriptedModel(says({})), Windows(3000, pauses=(2800,)), TranscribeOptions()).pieces()
+    assert whole.n_frames == 3000  # nothing follows: it is not cut
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parts"),
+    [
+        ([at(0), ASK, at(2), at(2), NOT, at(3)], [(0.0, 2.0, 3), (2.0, 3.0, 3)]),  # a single timestamp ends it
+        ([at(0), ASK, at(2), at(3), NOT], [(0.0, 2.0, 3), (2.0, 25.0, 2)]),  # the rest is not lost
+        ([at(0), ASK, at(2), at(2)], [(0.0, 2.0, 3), (2.0, 25.0, 1)]),
+        ([at(0), ASK], [(0.0, 25.0, 2)]),
+        ([], [(0.0, 25.0, 0)]),
+    ],
+)
+def test_all_of_a_piece_is_cut_into_segments(tokens, parts):
+    found = cut_whole(tokens, BEGIN, 2500, 2)
+    assert [(pytest.approx(start), pytest.approx(end), len(part)) for start, end, part in found] == parts
+    assert [token for _, _, part in found for token in part] == tokens
+
+
+# --- decoding together
+
+
+def test_each_window_decodes_as_by_itself_whatever_stands_beside_it():
+    noise = np.random.default_rng(1).normal(size=(9, T.n_vocab)).astype(np.float32)
+
+    def script(window, attempt, tokens):
+        return 3 * noise[(len(tokens) + window) % 9] + np.where(np.arange(T.n_vocab) == T.eot, 8.0, 0)
+
+    own = [Own("en", sound_s, (7, i)) for i, sound_s in enumerate((2.0, None, 5.0, 0.5))]
+    for options in (DecodingOptions(), DecodingOptions(temperature=0.7, best_of=3), DecodingOptions(beam_size=2)):
+        together = decode(ScriptedModel(script), heard(1, 2, 3, 4), options, own)
+        for window, mine, result in zip((1, 2, 3, 4), own, together, strict=True):
+            [alone] = decode(ScriptedModel(script), heard(window), options, [mine])
+            assert alone == result
+        starts = [t for r, o in zip(together, own, strict=True) if o.sound_s for t in r.tokens[:1]]
+        assert all(t >= BEGIN for t in starts)
+
+
+def run(texts, audio, **options):
+    model = ScriptedModel(says(texts, T, SURE))
+    return transcribe(model, audio, **{"language": "en", **options}), model
+
+
+def test_a_long_recording_in_one_batch():
+    texts = {0: [at(0), ASK, at(20)], 2800: [at(0), NOT, at(1), at(1), AND], 5500: [at(0), SO, at(2)]}
+    result, model = run(texts, Windows(8000, pauses=(2800, 5500)), batch_size=3)
+    assert times_and_texts(result) == [
+        (0, 0.0, 20.0, " ask"), (2800, 28.0, 29.0, " not"), (2800, 29.0, 55.0, " and"), (5500, 55.0, 57.0, " so"),
+    ]  # fmt: skip
+    assert [s.id for s in result.segments] == [0, 1, 2, 3] and result.text == " ask not and so"
+    assert model.starts == [0] and model.calls[0][0] == 3
+    again, model = run(texts, Windows(8000, pauses=(2800, 5500)), batch_size=2)
+    assert again == result and model.starts == [0, 5500]
+
+
+def test_no_text_is_a_prompt_but_the_first_ones_and_hotwords():
+    texts = {0: [at(0), ASK, at(20)], 2800: [at(0), NOT, at(1)]}
+    _, model = run(texts, Windows(5000, pauses=(2800,)), batch_size=2, initial_prompt="so", hotwords="and")
+    assert model.openings == [[T.sot_prev, AND, SO, T.sot]]
+
+
+def test_only_windows_that_failed_are_tried_again():
+    texts = {0: [at(0), ASK, at(20)], 2800: [at(0), NOT, at(1)], 5500: [at(0), SO, at(2)]}
+    plain = says(texts, T, SURE)
+
+    def script(window, attempt, tokens):
+        unsure = window == 2800 and len(model.starts) == 1
+        return {token: LOW if unsure else likely for token, likely in plain(window, attempt, tokens).items()}
+
+    model = ScriptedModel(script)
+    result = transcribe(model, Windows(8000, pauses=(2800, 5500)), batch_size=3, language="en", temperature=(0.0, 0.4))
+    assert model.starts == [0, 2800]
+    assert [s.temperature for s in result.segments] == [0.0, 0.4, 0.0]
+
+
+def test_progress_tells_what_is_found_not_what_is_read():
+    texts, seen = {0: [at(0), ASK, at(20)], 2800: [at(0), NOT, at(1)]}, []
+    run(texts, Windows(5000, pauses=(2800,)), batch_size=4, on_progress=lambda *s: seen.append(s))
+    assert seen == [(28.0, 50.0), (50.0, 50.0)]
+
+
+def test_variable_context_takes_pieces_of_one_length_together():
+    model = ScriptedModel(says({n: [at(0), ASK, at(0.5)] for n in (0, 10, 20, 30, 40)}, T, SURE))
+    model.metadata = {**model.metadata, "audio_context": "variable"}
+    shapes = []
+    model.encode = lambda mel: shapes.append((len(mel), mel.shape[2])) or np.repeat(mel[:, :1, :1], 2, axis=2)
+    sources = [Windows(frames, 10 * i) for i, frames in enumerate((150, 480, 130, 500, 410))]
+    found = list(batched.transcribe_all(model, sources, TranscribeOptions(batch_size=2)))
+    assert sorted(shapes) == [(1, 500), (2, 200), (2, 500)]
+    assert [f.number for f in found] == [n for n in range(5) for _ in range(3)]  # opened, a window, the end
+    assert [f.segments[0].text for f in found[1::3]] == [" ask"] * 5
+
+
+# --- several recordings
+
+
+def test_recordings_share_batches_and_one_that_fails_takes_no_other_with_it():
+    texts = {n: [at(0), token, at(2)] for n, token in ((0, ASK), (10000, NOT), (30000, SO))}
+    model = ScriptedModel(says(texts, T, SURE))
+    damaged = Windows(5000, 10000, error_at=2500)
+    sources = [Windows(1000), damaged, FileError("no file"), Windows(900, 30000), Windows(0)]
+    together = batched.Together(model, sources, TranscribeOptions(batch_size=3))
+    first, segments = together.next("a")
+    assert [s.text for window in segments for s in window] == [" ask"] and first.result().text == " ask"
+    second, segments = together.next("b")
+    assert [s.text for s in next(segments)] == [" not"]
+    with pytest.raises(FileError, match="recording 10000: damaged"):
+        next(segments)
+    with pytest.raises(FileError, match="no file"):
+        together.next("c")
+    fourth, segments = together.next("d")
+    assert [s.text for window in segments for s in window] == [" so"] and fourth.done_s == 9.0
+    _, segments = together.next("e")
+    assert list(segments) == []
+    assert model.starts == [0]  # the windows of three recordings
+
+
+def test_a_batch_that_fails_is_said_for_each_recording_lost():
+    def script(window, attempt, tokens):
+        raise MemoryError
+
+    together = batched.Together(ScriptedModel(script), [Windows(900), Windows(800)], TranscribeOptions(batch_size=2))
+    with pytest.raises(MemoryError):
+        list(together.next("a")[1])
+    with pytest.raises(FileError, match="b: not transcribed, .* smaller --batch-size may help"):
+        together.next("b")
+
+
+def test_files_on_the_command_line(monkeypatch, tmp_path, capsys):
+    texts = {n: [at(0), token, at(2)] for n, token in ((0, ASK), (20000, SO))}
+    monkeypatch.setattr(cli, "load", lambda name, threads: ScriptedModel(says(texts, T, SURE)))
+    audio = {"a": Windows(500), "b": FileError("b: not there"), "c": Windows(600, 20000)}
+    monkeypatch.setattr(module, "MelWindows", lambda path, n_mels: fake(audio[path]))
+
+    def fake(found):
+        if isinstance(found, FileError):
+            raise found
+        return found
+
+    code = cli.main(["a", "b", "c", "--batch-size", "8", "--output-dir", str(tmp_path)])
+    assert code == 1 and {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "ask\n", "c.txt": "so\n"}
+    assert capsys.readouterr().err.count("\n") == 1
+    assert cli.main(["a", "--batch-size", "0"]) == 2
+    assert "--batch-size: expected a whole number from 1 to 64, got 0" in capsys.readouterr().err
