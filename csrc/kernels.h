@@ -180,6 +180,22 @@ size_t mg_avx2_attend_backward_floats(size_t d);
 void mg_avx2_attend_backward(const struct mg_attention_head *head, float *scratch);
 size_t mg_avx512_attend_backward_floats(size_t d);
 void mg_avx512_attend_backward(const struct mg_attention_head *head, float *scratch);
+#elif defined(__aarch64__)
+extern const struct mg_kernels mg_neon;
+extern const struct mg_int8_attention mg_neon_int8;
+size_t mg_neon_attend_floats(size_t d);
+void mg_neon_attend(const struct mg_attention_block *block, float *scratch);
+void mg_neon_attend_range(const struct mg_attention_range *range);
+/* Dot products, for functions of this target; clang has had them since its version 16, before only for whole files. */
+#if !defined(__clang__)
+#define MG_NEON_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
+#elif defined(__ARM_FEATURE_DOTPROD) || __clang_major__ >= 16
+#define MG_NEON_DOT __attribute__((target("dotprod")))
+#endif
+#ifdef MG_NEON_DOT
+extern const struct mg_kernels mg_neondot;
+extern const struct mg_int8_attention mg_neondot_int8;
+#endif
 #endif
 
 const struct mg_kernels *mg_kernels(void);
