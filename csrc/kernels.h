@@ -116,8 +116,8 @@ struct mg_int8_attention {
        apart; -> the sum of p.  scores are overwritten. */
     uint32_t (*weigh)(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
 
-    /* acc[i] = sum_j p[j] * v[j][i] for n values; p is 0 from n up to the next multiple of 4, acc has room for d rounded
-       up to MG_PANEL. */
+    /* acc[i] = sum_j p[j] * v[j][i] for n values; p is as in sum_panel and 0 from n up to the next multiple of 4, acc has
+       room for d rounded up to MG_PANEL. */
     void (*sum_values)(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d);
 };
 extern const struct mg_int8_attention mg_portable_int8;
