@@ -16,7 +16,7 @@ SOURCES = ("dispatch.c", "pool.c", "pack.c", "calls.c", "attention.c", "portable
            "product.c", "avx512bf16.c", "avx512bf16backward.c",
            "training.c", "portablerows.c", "avx2rows.c", "avx512rows.c",
            "staticattention.c", "portableint8.c", "avx2int8.c", "avx512int8.c",
-           "neonattention.c", "neonint8.c")
+           "neon.c", "neonattention.c", "neonint8.c")
 FLAGS = ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno",
          "-fvisibility=hidden", "-pthread", "-D_GNU_SOURCE"]
 

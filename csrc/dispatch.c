@@ -1,6 +1,7 @@
 /* Which instruction sets this process may use, and which one it does use: the only state besides the thread pool.
    What the chip can (CPUID), what the operating system saves (XGETBV) and what this process may use are three answers;
-   an instruction set is usable if all three are yes for all of its features. */
+   an instruction set is usable if all three are yes for all of its features.  On AArch64 the operating system gives one
+   answer for all of them. */
 #include "kernels.h"
 
 #include <stdatomic.h>
@@ -56,7 +57,40 @@ const char *mg_feature_name(size_t i)
 static const struct mg_kernels *const isas[] = {&mg_portable, &mg_avx2, &mg_avx512vnni};
 static const char *const needs[] = {"", "avx2 fma", "avx2 fma avx512f avx512bw avx512dq avx512vl avx512vnni"};
 
-#else   /* NEON is part of AArch64; other processors run the portable code */
+#elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+static const char *const features[] = {"asimd", "asimddp"};     /* as Linux calls them: NEON, its dot products */
+
+static int has_dot_products(void)
+{
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) == 0 && has;
+#else
+    return 0;
+#endif
+}
+
+int mg_feature(size_t i) { return i == 0 || has_dot_products() ? USABLE : 0; }
+
+const char *mg_feature_name(size_t i) { return i < sizeof features / sizeof features[0] ? features[i] : NULL; }
+
+#ifdef MG_NEON_DOT
+static const struct mg_kernels *const isas[] = {&mg_portable, &mg_neon, &mg_neondot};
+#else
+static const struct mg_kernels *const isas[] = {&mg_portable, &mg_neon};
+#endif
+static const char *const needs[] = {"", "asimd", "asimd asimddp"};
+
+#else   /* other processors run the portable code */
 
 int mg_feature(size_t i)
 {
