@@ -1,0 +1,292 @@
+/* The epilogue, the row kernels, and the interface as a whole, against portable kernels. */
+#include "harness.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static const double GELU_ERROR = 1e-6;          /* absolute, of two results that are each within 5e-7 */
+static const double RELATIVE = 2e-6;            /* of a float32 result, relative to the largest magnitude */
+static const double LAYER_NORM_ERROR = 5e-6;    /* of numbers of order 1; 2e-4 for rows of a few elements */
+static const double ATTENTION_ERROR = 3e-6;     /* of averages of values of order 1, with scores of order 1 */
+static const double LSE_ERROR = 5e-6;
+static const double BACKWARD_ERROR = 5e-6;
+
+static double largest(const float *x, size_t n)
+{
+    double top = 1.0;
+    for (size_t i = 0; i < n; i++)
+        top = fmax(top, fabs((double)x[i]));
+    return top;
+}
+
+/* ---- epilogue ---- */
+
+/* n numbers in form 0 to 2, in rooms 0 .. 2: float32, int8, int32. */
+static struct mg_source source(int form, int room, size_t n)
+{
+    struct mg_source s = {.scale = 0.02f, .zero = -37};
+    if (form == 0)
+        s.x = floats(room, n);
+    else if (form == 1)
+        s.q = bytes(room, 1, n, RANDOM, -128);
+    else
+        s.acc = memcpy(array(room, n * sizeof *s.acc), bytes(8, 1, n * sizeof *s.acc, RANDOM, -128),
+                       n * sizeof *s.acc);
+    s.scale = form == 2 ? 1e-9f : s.scale;
+    return s;
+}
+
+/* Without GELU all is exact; an int8 result with it is the portable float on the grid, a step off only near a tie. */
+static void check_finish_once(struct mg_finish f, int to_int8, size_t n)
+{
+    float *wanted = array(6, n * sizeof *wanted), *x = output(5, n * sizeof *x);
+    int8_t *wanted_q = array(7, n), *q = output(4, n);
+    f.out = (struct mg_target){.x = wanted};
+    portable->finish(&f, n);
+    double error = f.gelu ? GELU_ERROR + RELATIVE * largest(wanted, n) : 0.0;
+    if (!to_int8) {
+        f.out.x = x;
+        isa->finish(&f, n);
+        close_to(x, wanted, n, error, "n, gelu", n, (size_t)f.gelu);
+        return;
+    }
+    f.out = (struct mg_target){.q = wanted_q, .inverse = 1.0f / 0.05f, .zero = 13};
+    portable->finish(&f, n);
+    f.out.q = q;
+    isa->finish(&f, n);
+    for (size_t i = 0; i < n; i++) {
+        double steps = fmin(fmax((double)wanted[i] * (double)f.out.inverse + 13, -128), 127);
+        if (q[i] != wanted_q[i] && !(f.gelu && fabs(q[i] - steps) <= 0.5 + error / 0.05))
+            fail("n %zu: element %zu is %d, expected %d", n, i, q[i], wanted_q[i]);
+    }
+    intact(q);
+}
+
+static void check_finish(size_t n)
+{
+    for (unsigned i = 0; i < 3 * 3 * 16; i++) {
+        int form = (int)(i % 3), residual = (int)(i / 3 % 3) - 1;
+        unsigned options = i / 9;
+        struct mg_finish f = {.x = source(form, 0, n), .gelu = options & 1,
+                              .factor = options & 2 && form > 0 ? floats(2, n) : NULL,
+                              .bias = options & 4 ? floats(3, n) : NULL};
+        if (residual >= 0)
+            f.residual = source(residual, 1, n);
+        check_finish_once(f, options >> 3, n);
+    }
+}
+
+/* Ties, numbers off the grid and what is no number: as portable rounds and clips them. */
+static void check_rounding(void)
+{
+    const float x[] = {0.0f, 0.5f, 1.5f, 2.5f, -0.5f, -1.5f, 137.5f, 138.5f, 1e30f, INFINITY, -117.5f, -118.5f, -1e30f,
+                       -INFINITY, NAN, 126.49f};
+    enum { N = sizeof x / sizeof x[0] };
+    static const int32_t zeros[] = {-128, -10, 0, 127};
+    for (size_t i = 0; i < 4; i++) {
+        int8_t wanted[N], *q = output(0, N);
+        struct mg_finish f = {.x = {.x = x}, .out = {.q = wanted, .inverse = 1.0f, .zero = zeros[i]}};
+        portable->finish(&f, N);
+        f.out.q = q;
+        isa->finish(&f, N);
+        for (size_t j = 0; j < N; j++)
+            if (q[j] != wanted[j])
+                fail("%g with zero %d is %d, expected %d", (double)x[j], zeros[i], q[j], wanted[j]);
+        intact(q);
+    }
+}
+
+/* All magnitudes, in place. */
+static void check_gelu(void)
+{
+    enum { N = 4001 };
+    float *x = output(0, N * sizeof *x), *wanted = array(1, N * sizeof *wanted);
+    for (int i = 0; i < N; i++)
+        wanted[i] = x[i] = i < 4 ? (float[]){600.0f, -600.0f, -0.0f, 1e-30f}[i] : (float)(i - 2000) * 6e-3f;
+    struct mg_finish f = {.x = {.x = wanted}, .out = {.x = wanted}, .gelu = 1};
+    portable->finish(&f, N);
+    f.x.x = f.out.x = x;
+    isa->finish(&f, N);
+    close_to(x, wanted, N, GELU_ERROR + RELATIVE, "n, gelu", N, 1);
+}
+
+/* ---- rows ---- */
+
+static void check_quantize_row(size_t n)
+{
+    for (int kind = 0; kind < 12; kind++) {
+        float *x = floats(0, n);
+        int8_t *q = output(1, n), *wanted = array(2, n);
+        for (size_t i = 0; i < n; i++)      /* magnitudes; all equal; ties; too small; zero */
+            x[i] = kind < 8 ? x[i] * powf(10.0f, (float)(2 * kind - 8)) : kind == 8 ? -3.7f
+                 : kind == 9 ? (i == n / 2 ? 127.0f : (float)(i % 250) - 125.5f) : kind == 10 ? 1e-31f : 0.0f;
+        float scale = isa->quantize_row(q, x, n), expected = portable->quantize_row(wanted, x, n);
+        if (scale != expected)
+            fail("n %zu: scale %.9g, expected %.9g", n, (double)scale, (double)expected);
+        for (size_t i = 0; i < n; i++)
+            if (q[i] != wanted[i])
+                fail("n %zu: element %zu is %d, expected %d", n, i, q[i], wanted[i]);
+        intact(q);
+    }
+}
+
+static void check_layer_norm_row(size_t n, float shift)
+{
+    const float *weight = floats(1, n), *bias = floats(2, n);
+    float *x = floats(0, n), *wanted = array(3, n * sizeof *wanted), *out = output(4, n * sizeof *out);
+    double bound = shift != 0.0f ? 5e-5 : LAYER_NORM_ERROR;    /* cancellation in x - mean */
+    for (size_t i = 0; i < n; i++)
+        x[i] = x[i] * (shift != 0.0f ? 30.0f : 1.0f) + shift;
+    portable->layer_norm_row(wanted, x, weight, bias, 1e-5f, n);
+    isa->layer_norm_row(out, x, weight, bias, 1e-5f, n);
+    close_to(out, wanted, n, n < 15 ? 4e-4 : bound, "n, shift", n, (size_t)shift);
+    memcpy(out, x, n * sizeof *x);
+    isa->layer_norm_row(out, out, weight, bias, 1e-5f, n);
+    close_to(out, wanted, n, n < 15 ? 4e-4 : bound, "in place, n, shift", n, (size_t)shift);
+}
+
+void check_rows(void)
+{
+    start_of("finish");
+    for (size_t s = 0; s < N_SIZES; s++)
+        check_finish(SIZES[s]);
+    check_rounding();
+    check_gelu();
+    start_of("quantize_row");
+    for (size_t s = 0; s < N_SIZES; s++)
+        check_quantize_row(SIZES[s]);
+    start_of("layer_norm_row");
+    for (size_t s = 0; s < N_SIZES; s++)
+        for (int i = 0; i < 4; i++)
+            check_layer_norm_row(SIZES[s], i % 2 ? 100.0f : 0.0f);
+}
+
+/* ---- the interface, two threads ---- */
+
+static void use(const struct mg_kernels *kernels)
+{
+    if (mg_use_isa(kernels->name) != MG_OK)
+        fail("not usable");
+}
+
+static void check_products(size_t m, size_t n, size_t k)
+{
+    const int8_t *a = bytes(0, m, k, RANDOM, -128), *w = bytes(1, n, k, RANDOM, -127);
+    int8_t *packed = array(2, mg_packed_bytes(n, k));
+    int32_t *acc = output(5, m * n * sizeof *acc), *wanted = array(6, m * n * sizeof *wanted);
+    float *w_scale = floats(3, n), *bias = floats(4, n), *y = output(7, m * n * sizeof *y);
+    struct mg_tensor out = {.x = y, .scale = 0.05f, .zero = 13}, in = {.q = (int8_t *)(size_t)a, .scale = 0.02f,
+                                                                       .zero = -37};
+    if (mg_pack_int8(packed, w, n, k) != MG_OK)
+        fail("weights are not packed");
+    use(portable);
+    mg_matmul_int8(wanted, a, packed, m, n, k);
+    use(isa);
+    mg_matmul_int8(acc, a, packed, m, n, k);
+    equal(acc, wanted, m * n, "n, k", n, k);
+    use(portable);
+    out.x = (float *)wanted;
+    mg_linear_static(&out, &in, packed, w_scale, bias, NULL, 0, m, n, k);
+    use(isa);
+    out.x = y;
+    mg_linear_static(&out, &in, packed, w_scale, bias, NULL, 0, m, n, k);
+    close_to(y, (float *)wanted, m * n, 0.0, "n, k", n, k);
+}
+
+struct attention {
+    size_t n_batch, group, n_head, t_q, t_k, d, gate_width;
+    int causal;
+};
+
+static void check_attention(const struct attention *c, float size, double error)
+{
+    size_t row = c->n_head * c->d, n_q = c->n_batch * c->t_q, n_k = c->n_batch / c->group * c->t_k;
+    float *q = floats(0, n_q * row), *k = floats(1, n_k * row), *v = floats(2, n_k * row);
+    float *gate = c->gate_width > 0 ? floats(3, n_q * c->n_head * c->gate_width) : NULL;
+    float *out = output(4, n_q * row * sizeof *out), *wanted = array(5, n_q * row * sizeof *wanted);
+    for (size_t i = 0; i < n_q * row; i++)
+        q[i] *= size;
+    for (int of_isa = 0; of_isa < 2; of_isa++) {
+        use(of_isa ? isa : portable);
+        mg_attention(of_isa ? out : wanted, q, k, v, gate, c->t_q * row, row, c->t_k * row, row, c->t_k * row, row,
+                     c->gate_width, c->causal, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
+    }
+    close_to(out, wanted, n_q * row, gate != NULL ? 3.5 * error : error, "queries, keys", n_q, n_k);
+}
+
+static void check_attention_training(size_t t_q, size_t t_k, size_t d, int causal)
+{
+    size_t n_head = 2, row = n_head * d, size = t_q * row, key_size = t_k * row;
+    const float *q = floats(0, size), *k = floats(1, key_size), *v = floats(2, key_size), *dout = floats(3, size);
+    float *out[2] = {array(4, size * sizeof(float)), output(5, size * sizeof(float))};
+    float *lse[2] = {array(6, n_head * t_q * sizeof(float)), output(7, n_head * t_q * sizeof(float))};
+    for (int i = 0; i < 2; i++) {
+        use(i ? isa : portable);
+        mg_attention_lse(out[i], lse[i], q, k, v, 0, row, 0, row, 0, row, causal, 1, n_head, t_q, t_k, d);
+    }
+    close_to(out[1], out[0], size, ATTENTION_ERROR, "queries, keys", t_q, t_k);
+    close_to(lse[1], lse[0], n_head * t_q, LSE_ERROR, "queries, keys", t_q, t_k);
+    float *gradients[2];
+    for (int i = 0; i < 2; i++) {
+        float *dq = gradients[i] = output(i ? 8 : 5, (size + 2 * key_size) * sizeof(float));
+        use(i ? isa : portable);
+        mg_attention_backward(dq, dq + size, dq + size + key_size, dout, out[0], lse[0], q, k, v, 0, row, 0, row, 0,
+                              row, causal, 0, 1, n_head, t_q, t_k, d);
+    }
+    close_to(gradients[1], gradients[0], size + 2 * key_size, BACKWARD_ERROR, "backward of queries, keys", t_q, t_k);
+}
+
+/* Float results may differ by a few probabilities of 255 that are rounded the other way at a tie, and seldom do. */
+static void check_attention_static(const struct attention *c)
+{
+    size_t row = c->n_head * c->d, n_q = c->n_batch * c->t_q, n_k = c->n_batch / c->group * c->t_k, off = 0;
+    struct mg_tensor q = {.q = bytes(0, n_q, row, RANDOM, -128), .scale = 0.05f, .zero = -100};
+    struct mg_tensor k = {.q = bytes(1, n_k, row, RANDOM, -128), .scale = 0.05f, .zero = 31};
+    struct mg_tensor v = {.q = bytes(2, n_k, row, RANDOM, -128), .scale = 0.01f, .zero = 77};
+    float *out[2] = {array(5, n_q * row * sizeof(float)), output(4, n_q * row * sizeof(float))};
+    for (int i = 0; i < 2; i++) {
+        struct mg_tensor to = {.x = out[i], .scale = 0.01f, .zero = -3};
+        use(i ? isa : portable);
+        mg_attention_static(&to, NULL, &q, &k, &v, NULL, c->t_q * row, row, c->t_k * row, row, c->t_k * row, row, 0,
+                            c->causal, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
+    }
+    for (size_t i = 0; i < n_q * row; i++)
+        off += out[0][i] != out[1][i];
+    if (off > n_q * row / 20 + c->d)
+        fail("%zu queries, %zu keys: %zu of %zu differ", n_q, n_k, off, n_q * row);
+    close_to(out[1], out[0], n_q * row, 4 * 205 * 0.01 / 255.0, "queries, keys", n_q, n_k);
+}
+
+static const struct attention CASES[] = {
+    {1, 1, 1, 1, 1, 1, 0, 0},     {1, 1, 2, 1, 300, 64, 1, 0},    {1, 1, 2, 3, 65, 15, 0, 0},
+    {1, 1, 2, 5, 129, 17, 0, 0},  {1, 1, 2, 6, 33, 65, 17, 0},    {1, 1, 3, 7, 70, 31, 0, 0},
+    {1, 1, 2, 8, 63, 3, 0, 0},    {1, 1, 2, 9, 127, 16, 0, 0},    {1, 1, 1, 15, 16, 80, 80, 0},
+    {1, 1, 2, 16, 64, 64, 1, 0},  {1, 1, 2, 17, 66, 64, 0, 1},    {2, 2, 2, 70, 70, 24, 24, 1},
+    {6, 2, 2, 1, 150, 24, 1, 0},  {6, 3, 2, 20, 33, 24, 24, 0},   {2, 1, 1, 49, 200, 33, 0, 0},
+    {1, 1, 1, 2, 260, 129, 0, 1}, {1, 1, 1, 127, 128, 63, 0, 1},  {1, 1, 1, 18, 40, 16, 0, 1},
+};
+
+void check_interface(void)
+{
+    start_of("matmul_int8, linear_static");
+    for (size_t s = 0; s < N_SIZES; s++) {
+        check_products(SIZES[s], 17, 33);
+        check_products(5, SIZES[s], 65);
+        check_products(7, 67, SIZES[s]);
+        check_products(1, 100, SIZES[s]);
+    }
+    start_of("attention");
+    for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
+        struct attention c = CASES[i];
+        c.gate_width = c.gate_width > 1 ? c.d : c.gate_width;
+        check_attention(&c, 1.0f, 2 * ATTENTION_ERROR);
+        check_attention(&c, 40.0f, 4e-4);       /* scores of order 100, where float32 leaves 1e-5 in the exponent */
+    }
+    start_of("attention of training");
+    for (int causal = 0; causal < 2; causal++)
+        for (size_t t_q = 1; t_q < 60; t_q += 19)
+            check_attention_training(t_q, t_q + 7, 2 * t_q + 1, causal);
+    start_of("attention_static");
+    for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++)
+        check_attention_static(&CASES[i]);
+}

@@ -1,0 +1,177 @@
+/* Integer kernels against the formula. */
+#include "harness.h"
+
+#include <string.h>
+
+static const double P_ERROR = 1e-3;             /* of 255 times a probability before it is rounded */
+
+/* ---- integer products ---- */
+
+/* wanted[r][j] = start[j] + sum_k (a[r][k] + zero) * w[j][k] for one panel. */
+static void formula(int32_t *wanted, const int8_t *a, int zero, const int8_t *w, const int32_t *start, size_t rows,
+                    size_t k)
+{
+    for (size_t r = 0; r < rows; r++)
+        for (size_t j = 0; j < MG_PANEL; j++) {
+            int32_t sum = start[j];
+            for (size_t i = 0; i < k; i++)
+                sum += (a[r * k + i] + zero) * w[j * k + i];
+            wanted[r * MG_PANEL + j] = sum;
+        }
+}
+
+/* w (MG_PANEL, k), all of whose elements may be -128, as a panel. */
+static int8_t *panel_of(int room, const int8_t *w, size_t k)
+{
+    int8_t *panel = array(room, MG_PANEL * mg_round_up(k, 4));
+    memset(panel, 0, MG_PANEL * mg_round_up(k, 4));
+    for (size_t j = 0; j < MG_PANEL; j++)
+        for (size_t i = 0; i < k; i++)
+            panel[(i / 4 * MG_PANEL + j) * 4 + i % 4] = w[j * k + i];
+    return panel;
+}
+
+static void check_dot_panel(size_t rows, size_t k, enum fill fill, enum fill of_w)
+{
+    static int32_t wanted[64 * MG_PANEL];
+    const int8_t *a = bytes(0, rows, k, fill, -128), *w = bytes(1, MG_PANEL, k, of_w, -127), *panel = panel_of(2, w, k);
+    int32_t *start = array(3, MG_PANEL * sizeof *start), plain[MG_PANEL];
+    int8_t *packed = output(4, rows * mg_round_up(k, 4));
+    int32_t *acc = output(5, rows * MG_PANEL * sizeof *acc);
+    for (size_t j = 0; j < MG_PANEL; j++) {
+        start[j] = plain[j] = (int32_t)(bits() % 2000) - 1000;
+        for (size_t i = 0; i < k; i++)
+            start[j] -= isa->offset * w[j * k + i];
+    }
+    isa->pack_rows(packed, a, rows, k);
+    intact(packed);
+    isa->dot_panel(acc, packed, panel, start, rows, k);
+    formula(wanted, a, 0, w, plain, rows, k);
+    equal(acc, wanted, rows * MG_PANEL, "rows, k", rows, k);
+}
+
+static void check_int8_panel(int of_sums, size_t rows, size_t k, enum fill fill)
+{
+    static int32_t wanted[64 * MG_PANEL];
+    const size_t k4 = mg_round_up(k, 4);
+    int8_t *a = bytes(0, rows, k, fill, -128), *w = bytes(1, MG_PANEL, k, fill, -128), *panel = panel_of(2, w, k);
+    int32_t *start = array(3, MG_PANEL * sizeof *start), *acc = output(5, rows * MG_PANEL * sizeof *acc);
+    uint8_t *p = array(4, rows * k4);
+    memset(p, 0, rows * k4);
+    for (size_t i = 0; i < rows * k; i++) {
+        if (of_sums && fill == LOW)         /* two add up to at most 256: 128 each, or 255 and 1 */
+            a[i] = 0;
+        else if (of_sums)
+            a[i] = (int8_t)(fill == HIGH ? (i % k == k / 2 ? 127 : -127) : (int)(bits() % 129) - 128);
+        p[i / k * k4 + i % k] = (uint8_t)(a[i] + 128);
+    }
+    for (size_t j = 0; j < MG_PANEL; j++)
+        start[j] = (int32_t)(bits() % 2000) - 1000;
+    (of_sums ? isa->int8->sum_panel : isa->int8->score_panel)(acc, p, panel, start, rows, k);
+    formula(wanted, a, 128, w, start, rows, k);
+    equal(acc, wanted, rows * MG_PANEL, "rows, k", rows, k);
+}
+
+void check_panels(void)
+{
+    start_of("dot_panel, pack_rows");
+    for (size_t rows = 1; rows <= isa->max_rows; rows++)
+        for (size_t s = 0; s < N_SIZES; s++)
+            for (enum fill fill = 0; fill < FILLS; fill++)
+                check_dot_panel(rows, SIZES[s], fill, fill == HIGH ? LOW : fill);
+    for (enum fill of_w = LOW; of_w <= HIGH; of_w++)
+        check_dot_panel(2, MG_MAX_K, LOW, of_w);
+    for (int of_sums = 0; of_sums < 2 && isa->int8->score_panel != NULL; of_sums++) {
+        start_of(of_sums ? "sum_panel" : "score_panel");
+        for (size_t rows = 1; rows <= isa->max_rows; rows++)
+            for (size_t s = 0; s < N_SIZES; s++)
+                for (enum fill fill = 0; fill < FILLS; fill++)
+                    check_int8_panel(of_sums, rows, SIZES[s], fill);
+        check_int8_panel(of_sums, 2, MG_MAX_ATTENTION, LOW);
+    }
+}
+
+static void check_score_keys(size_t n, size_t d, enum fill fill, int32_t zero)
+{
+    static int32_t wanted[4096];
+    size_t k_row = d + 5, room = mg_round_up(n, MG_PANEL);
+    const int8_t *q = bytes(0, 1, d, fill, -128), *k = bytes(1, 1, (n - 1) * k_row + d, fill, -128);
+    int32_t *scores = output(2, room * sizeof *scores);
+    isa->int8->score_keys(scores, q, zero, k, k_row, n, d);
+    for (size_t j = 0; j < n; j++) {
+        wanted[j] = 0;
+        for (size_t i = 0; i < d; i++)
+            wanted[j] += (q[i] - zero) * k[j * k_row + i];
+    }
+    equal(scores, wanted, n, "n, d", n, d);
+}
+
+static void check_sum_values(size_t n, size_t d, enum fill fill)
+{
+    static int32_t wanted[4096];
+    size_t v_row = d + 3, n4 = mg_round_up(n, 4);
+    const int8_t *v = bytes(1, 1, (n - 1) * v_row + d, fill, -128);
+    uint8_t *p = array(0, n4);
+    int32_t *acc = output(2, mg_round_up(d, MG_PANEL) * sizeof *acc);
+    for (size_t j = 0; j < n4; j++)
+        p[j] = (uint8_t)(j >= n ? 0 : fill == LOW ? 128 : fill == HIGH ? (j == n / 2 ? 255 : bits() % 2)
+                                                                       : bits() % 2 * (bits() % 129));
+    isa->int8->sum_values(acc, p, v, v_row, n, d);
+    for (size_t i = 0; i < d; i++) {
+        wanted[i] = 0;
+        for (size_t j = 0; j < n; j++)
+            wanted[i] += p[j] * v[j * v_row + i];
+    }
+    equal(acc, wanted, d, "n, d", n, d);
+}
+
+static const int32_t *score_of(const int32_t *scores, size_t stride, size_t j)
+{
+    return scores + j / MG_PANEL * stride + j % MG_PANEL;
+}
+
+/* p in float64, from scores of which MG_PANEL at a time are dense. */
+static void check_weigh(size_t n, size_t stride, double unit)
+{
+    static double e[4096];
+    size_t room = (mg_round_up(n, MG_PANEL) / MG_PANEL - 1) * stride + MG_PANEL;
+    int32_t *scores = (int32_t *)bytes(0, room, sizeof *scores, RANDOM, -128), top = INT32_MIN;
+    uint8_t *p = output(1, n);
+    uint32_t total = 0;
+    double sum = 0.0;
+    for (size_t i = 0; i < room; i++)
+        scores[i] >>= 12;               /* what stands beyond n too */
+    for (size_t j = 0; j < n; j++)
+        top = *score_of(scores, stride, j) > top ? *score_of(scores, stride, j) : top;
+    for (size_t j = 0; j < n; j++)
+        sum += e[j] = exp2((*score_of(scores, stride, j) - top) * unit);
+    uint32_t got = isa->int8->weigh(p, scores, stride, n, (float)unit);
+    for (size_t j = 0; j < n; j++) {
+        total += p[j];
+        if (!(fabs(p[j] - 255.0 * e[j] / sum) <= 0.5 + P_ERROR))
+            fail("n, stride %zu, %zu: element %zu is %d, expected %g", n, stride, j, p[j], 255.0 * e[j] / sum);
+    }
+    if (total != got)
+        fail("n, stride %zu, %zu: sum %u, expected %u", n, stride, got, total);
+    intact(p);
+}
+
+void check_int8_rows(void)
+{
+    static const int32_t zeros[] = {-128, 0, 77, 127};
+    start_of("score_keys");
+    for (size_t s = 0; s < N_SMALL; s++)
+        for (size_t d = 0; d < N_SMALL; d++)
+            for (enum fill fill = 0; fill < ZERO_ROW; fill++)
+                check_score_keys(SIZES[s], SIZES[d], fill, zeros[bits() % 4]);
+    start_of("sum_values");
+    for (size_t s = 0; s < N_SIZES; s++)
+        for (size_t d = 0; d < N_SMALL; d++)
+            for (enum fill fill = 0; fill < ZERO_ROW; fill++)
+                check_sum_values(SIZES[s], SIZES[d], fill);
+    start_of("weigh");
+    for (size_t s = 0; s < N_SIZES; s++)
+        for (double unit = 1e-8; unit < 1.0; unit *= 30.0)
+            for (size_t stride = MG_PANEL; stride <= 4 * MG_PANEL; stride += 3 * MG_PANEL)
+                check_weigh(SIZES[s], stride, unit);
+}
