@@ -27,7 +27,7 @@ const char *mg_isa(void);
 
 /* Features of the processor.  mg_feature_name(i) is NULL past the last.  mg_feature(i) adds up
    1: the chip has it (CPUID); 2: the operating system saves its registers (XGETBV); 4: this process may use it.  On
-   AArch64 the operating system has one answer for the three. */
+   AArch64 there is one answer for the three. */
 const char *mg_feature_name(size_t i);
 int mg_feature(size_t i);
 

@@ -17,6 +17,7 @@ SOURCES = ("dispatch.c", "pool.c", "pack.c", "calls.c", "attention.c", "portable
            "training.c", "portablerows.c", "avx2rows.c", "avx512rows.c",
            "staticattention.c", "portableint8.c", "avx2int8.c", "avx512int8.c",
            "neon.c", "neonattention.c", "neonint8.c")
+HEADERS = ("api.h", "kernels.h", "lanes.h", "lossrows.h", "rows.h", "neon.h")
 FLAGS = ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno",
          "-fvisibility=hidden", "-pthread", "-D_GNU_SOURCE"]
 
@@ -32,7 +33,7 @@ ffi.set_source(
     "minigate._kernels",
     PREAMBLE,
     sources=[f"csrc/{name}" for name in SOURCES],
-    depends=[f"csrc/{name}" for name in ("api.h", "kernels.h", "lanes.h", "lossrows.h", "rows.h", "build.py")],
+    depends=[f"csrc/{name}" for name in (*HEADERS, "build.py")],
     include_dirs=["csrc"],
     extra_compile_args=FLAGS + shlex.split(os.environ.get("MINIGATE_CFLAGS", "")),
     extra_link_args=["-pthread"] + shlex.split(os.environ.get("MINIGATE_CFLAGS", "")),

@@ -1,7 +1,7 @@
 /* Which instruction sets this process may use, and which one it does use: the only state besides the thread pool.
    What the chip can (CPUID), what the operating system saves (XGETBV) and what this process may use are three answers;
-   an instruction set is usable if all three are yes for all of its features.  On AArch64 the operating system gives one
-   answer for all of them. */
+   an instruction set is usable if all three are yes for all of its features.  On AArch64 NEON is part of
+   the architecture, and for the rest the operating system gives one answer. */
 #include "kernels.h"
 
 #include <stdatomic.h>
@@ -79,7 +79,10 @@ static int has_dot_products(void)
 #endif
 }
 
-int mg_feature(size_t i) { return i == 0 || has_dot_products() ? USABLE : 0; }
+int mg_feature(size_t i)
+{
+    return i == 0 || (i == 1 && has_dot_products()) ? USABLE : 0;
+}
 
 const char *mg_feature_name(size_t i) { return i < sizeof features / sizeof features[0] ? features[i] : NULL; }
 

@@ -187,9 +187,11 @@ size_t mg_neon_attend_floats(size_t d);
 void mg_neon_attend(const struct mg_attention_block *block, float *scratch);
 void mg_neon_attend_range(const struct mg_attention_range *range);
 /* Dot products, for functions of this target; clang has had them since its version 16, before only for whole files. */
-#if !defined(__clang__)
+#if defined(__ARM_FEATURE_DOTPROD)
+#define MG_NEON_DOT
+#elif !defined(__clang__)
 #define MG_NEON_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
-#elif defined(__ARM_FEATURE_DOTPROD) || __clang_major__ >= 16
+#elif __clang_major__ >= 16
 #define MG_NEON_DOT __attribute__((target("dotprod")))
 #endif
 #ifdef MG_NEON_DOT

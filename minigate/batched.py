@@ -1,10 +1,11 @@
 """Several windows at a time: of one long recording, or of many, cut beforehand and decoded together.
 
-    recordings --Cutter--> pieces of at most 30 s --encode and decode, batch_size at a time--> segments, in order
+    recordings --pieces--> at most 30 s each --encode and decode, batch_size at a time--> segments, in order
 
 The encoder's and the decoder's weights are read once for all windows of a batch. The price: where a window ends is
 settled before its text is known, at the quietest point of its last 5 s, and no window has the text before it as a
-prompt. The initial prompt stands before each recording's windows, all of them.
+prompt. The initial prompt stands before each recording's windows, all of them. Where the language is to be detected,
+the first 30 s of each recording are encoded once more, by themselves.
 
 A model of variable context hears a piece's own length, so that only pieces of one length go together: they are taken
 from the next few batches' worth.
@@ -51,6 +52,7 @@ class BatchedTranscription(Transcription):
     def __init__(self, model, audio, options: TranscribeOptions, number: int = 0):
         super().__init__(model, audio, options)
         self.number, self.taken = number, 0  # frames whose segments are found
+        self._encoded = None  # what the language was heard in is encoded again, with others
 
     @property
     def done_s(self) -> float:
@@ -61,7 +63,7 @@ class BatchedTranscription(Transcription):
         while not self.windows.ended(self.seek):
             seek = self.seek
             mel, n_frames = self.windows.window(seek)
-            if n_frames == N_FRAMES and not self.windows.ended(seek + N_FRAMES):
+            if n_frames == N_FRAMES and not self.windows.ended(seek + N_FRAMES, keep=seek):
                 n_frames = quietest(mel)
                 mel[:, n_frames:] = 0  # as behind a recording's end
             self.seek += n_frames
@@ -106,13 +108,12 @@ def quietest(mel: np.ndarray) -> int:
 
 def cut_whole(tokens: list[int], timestamp_begin: int, n_frames: int, frames_per_step: int
               ) -> list[tuple[float, float, list[int]]]:  # fmt: skip
-    """As `transcribe.cut`, but what follows the last pair of timestamps is a segment too, up to the window's end or a
-    last timestamp of its own: no later window will hear it again."""
-    parts, advance = cut(tokens, timestamp_begin, n_frames, frames_per_step)
-    taken = sum(len(part) for _, _, part in parts)
-    rest = tokens[taken:]
-    if rest:
-        start_s = advance * HOP_LENGTH / SAMPLE_RATE
+    """As `transcribe.cut`, but text that follows the last pair of timestamps is a segment too, up to the window's end:
+    no later window will hear it again."""
+    parts, _ = cut(tokens, timestamp_begin, n_frames, frames_per_step)
+    rest = tokens[sum(len(part) for _, _, part in parts) :]
+    if any(token < timestamp_begin for token in rest):
+        start_s = (rest[0] - timestamp_begin) * frames_per_step * HOP_LENGTH / SAMPLE_RATE
         parts.append((start_s, max(start_s, n_frames * HOP_LENGTH / SAMPLE_RATE), rest))
     return parts
 
@@ -176,8 +177,16 @@ class Together:
 
 def decode_pieces(items: Iterable, batch_size: int) -> Iterator[tuple[object, list[Segment] | None]]:
     """Pieces -> each with its segments, in the same order; anything else among them passes through, with None."""
-    waiting: list = []
-    for item in items:
+    waiting, ended_by = [], None
+    items = iter(items)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            break
+        except FileError as error:  # what was read before it counts
+            ended_by = error
+            break
         waiting.append(item)
         pieces = [each for each in waiting if isinstance(each, Piece)]
         full = len(pieces) == AHEAD * batch_size or len(pieces) == batch_size and len(set(map(_kind, pieces))) == 1
@@ -185,6 +194,8 @@ def decode_pieces(items: Iterable, batch_size: int) -> Iterator[tuple[object, li
             yield from _decode_all(waiting, batch_size)
             waiting = []
     yield from _decode_all(waiting, batch_size)
+    if ended_by:
+        raise ended_by
 
 
 def _kind(piece: Piece) -> int:

@@ -41,10 +41,10 @@ class DistillOptions:
     ce_weight: float = 1.0  # of the cross-entropy on the pseudo-labels
     hidden_weight: float = 0.0  # of the mean squared difference of the encoders' outputs
     temperature: float = 2.0  # divides both models' logits in the KL, not in the cross-entropy
-    outlier_weight: float = 0.0  # of the mean over tensors of log(1 + E[(|A| / outlier_tau)^outlier_power])
+    outlier_weight: float = 0.0  # of the mean over tensors of log(1 + E[(|A| / (outlier_tau * unit))^outlier_power])
     outlier_tau: float = 6.0  # above this an activation counts much, below it little
     outlier_decoder_tau: float | None = None  # the same in the decoder's blocks, whose values are smaller; None: equal
-    outlier_unit: str = "value"  # of tau: value, as it stands, or rms, multiples of the tensor's root mean square
+    outlier_unit: str = "value"  # of tau: value, as it stands, or rms, multiples of each window's root mean square
     outlier_unit_most: float | None = None  # largest rms taken as a unit: beyond it values are large in any case
     outlier_power: float = 4.0  # above 1, or the gradient jumps at 0
     outlier_tensors: str | Iterable[str] = OUTLIER_GROUPS[:3]  # any of OUTLIER_GROUPS, or a string of them with commas
@@ -60,6 +60,8 @@ class DistillOptions:
         check.number("outlier_power", 1, above=True)
         check.choice("outlier_unit", OUTLIER_UNITS)
         check.number("outlier_unit_most", 0, above=True, optional=True)
+        if self.outlier_unit_most is not None and self.outlier_unit != "rms":
+            check.refuse("outlier_unit_most", "none where outlier_unit is not rms", self.outlier_unit_most)
         if not any(getattr(self, name) for name in weights):
             raise UsageError(f"{', '.join(weights)}: expected one above 0 at least, got 0 for all")
         groups = self.outlier_tensors
@@ -255,7 +257,7 @@ def _power_sum(flat: np.ndarray, power: float) -> tuple[float, float]:
 def _power_backward(flat: np.ndarray, largest: float, factor: float, power: float, out: np.ndarray) -> None:
     """out = factor * sign(A) (|A| / largest)^(power - 1)."""
     if _in_c(flat, power):
-        out[:] = training_kernels.power_backward(flat, largest, factor, int(power))
+        training_kernels.power_backward(flat, largest, factor, int(power), out)
         return
     for start, r in zip(range(0, flat.size, BLOCK), _blocks(flat, largest), strict=True):
         block = slice(start, start + BLOCK)

@@ -13,13 +13,12 @@ N output channels, K inputs.
 
 import numpy as np
 
-Q_MAX = 127  # weights are symmetric: -127 to 127
 DAMPING = 0.01  # of the mean power of the inputs, added to each: keeps the inverse small where few rows were seen
 COLUMNS = 64  # whose answers go to all columns behind them in one product
 
 
-def round_with_feedback(w: np.ndarray, scale: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """w (N, K) float, scale (N,) or (), moments (K, K) = E[x xᵀ] or a multiple of it -> q (N, K) int8.
+def round_with_feedback(w: np.ndarray, scale: np.ndarray, moments: np.ndarray, q_max: int = 127) -> np.ndarray:
+    """w (N, K) float, scale (N,) or (), moments (K, K) = E[x xᵀ] or a multiple of it -> q (N, K) int8, |q| <= q_max.
 
     With moments that are a multiple of the identity it is rounding to nearest. ValueError when the shapes do not fit.
     """
@@ -32,18 +31,18 @@ def round_with_feedback(w: np.ndarray, scale: np.ndarray, moments: np.ndarray) -
     rest, q = np.array(w[:, order].T, np.float32), np.empty((k, n), np.int8)  # a column in a row
     for start in range(0, k, COLUMNS):
         block = slice(start, min(start + COLUMNS, k))
-        errors = _round_block(rest[block], q[block], column_scale, answers[block, block])
+        errors = _round_block(rest[block], q[block], column_scale, answers[block, block], q_max)
         rest[block.stop :] -= answers[block, block.stop :].T @ errors
     out = np.empty((n, k), np.int8)
     out[:, order] = q.T
     return out
 
 
-def _round_block(rest: np.ndarray, q: np.ndarray, scale: np.ndarray, answers: np.ndarray) -> np.ndarray:
+def _round_block(rest: np.ndarray, q: np.ndarray, scale: np.ndarray, answers: np.ndarray, q_max: int) -> np.ndarray:
     """Columns (C, N), which change, -> q (C, N) in place, and each column's error (C, N)."""
     errors = np.empty_like(rest)
     for i in range(len(rest)):
-        steps = np.clip(np.rint(rest[i] / scale), -Q_MAX, Q_MAX)
+        steps = np.clip(np.rint(rest[i] / scale), -q_max, q_max)
         q[i] = steps
         errors[i] = rest[i] - steps * scale
         rest[i + 1 :] -= answers[i, i + 1 :, None] * errors[i]
@@ -61,9 +60,3 @@ def feedback(moments: np.ndarray) -> np.ndarray:
     damped[np.diag_indices_from(damped)] += DAMPING * mean
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
     return (upper / np.diag(upper)[:, None]).astype(np.float32)
-
-
-def output_error(w: np.ndarray, rounded: np.ndarray, moments: np.ndarray) -> float:
-    """w, rounded (N, K), moments (K, K) = E[x xᵀ] -> E[|(w - rounded) x|²], what feedback makes small."""
-    difference = np.asarray(w, np.float64) - rounded
-    return float(np.einsum("nk,kl,nl->", difference, moments, difference, optimize=True))

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from minigate import checkpoint
-from minigate.errorfeedback import Q_MAX, round_with_feedback
+from minigate.errorfeedback import round_with_feedback
 from minigate.ops import conv_matrix, conv_weight
+
+Q_MAX = 127  # weights are symmetric: -127 to 127
 
 
 def quantize_weight(w: np.ndarray, per_channel: bool = True, moments: np.ndarray | None = None
@@ -29,7 +31,7 @@ def quantize_weight(w: np.ndarray, per_channel: bool = True, moments: np.ndarray
     scale = np.where(scale < np.finfo(np.float32).tiny, np.float32(1), scale)
     if moments is not None:
         is_conv = w.ndim == 3
-        q = round_with_feedback(conv_matrix(w) if is_conv else w, scale, moments)
+        q = round_with_feedback(conv_matrix(w) if is_conv else w, scale, moments, Q_MAX)
         return conv_weight(q) if is_conv else q, scale
     q = np.rint(w / scale.reshape(scale.shape + (1,) * (w.ndim - scale.ndim)))
     return q.astype(np.int8), scale

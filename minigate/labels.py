@@ -293,11 +293,13 @@ class Labeller:
             return None
         window_id, positions = self.recordings.window_id(window), self._positions(window)
         found = self.cache.encoding(window_id, positions)
-        if found is None:
-            self._label([(self._key(window), window)])
+        if found is None and (key := self._key(window)):
+            self._label([(key, window)])
             found = self.cache.encoding(window_id, positions)
         if found is None:
-            raise FileError(f"{self.cache.folder}: the encoding of window {window_id} cannot be read back")
+            names = ", ".join(u.recording.row.name for u in window.utterances)
+            raise FileError(f"{self.cache.folder}: expected the teacher's encoding of {names}, got none: the recording "
+                            "or the cache was changed or damaged while training")  # fmt: skip
         return found
 
     def _positions(self, window: Window) -> int:

@@ -185,11 +185,11 @@ class MelWindows:
         self._held = held[:, drop:]
         self._start += drop
 
-    def ended(self, seek: int) -> bool:
+    def ended(self, seek: int, keep: int | None = None) -> bool:
         """Whether the recording has no frame `seek`; reads standard input as far as that takes, and what lies before
-        seek is given up, as by window."""
+        seek, or before `keep`, is given up, as by window."""
         if self.n_frames is None:
-            self._hold(max(seek, self._start), seek + 1)
+            self._hold(max(seek if keep is None else keep, self._start), seek + 1)
         return self.n_frames is not None and seek >= self.n_frames
 
     def window(self, seek: int, size: int = N_FRAMES) -> tuple[np.ndarray, int]:

@@ -20,7 +20,7 @@ from minigate.tokenizer import TASKS
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 LEAST_TEMPERATURE = 0.01  # above 0: logits / temperature stay in float32's range
-MAX_WINDOWS = 64  # decoded together: 14 MB of keys and values each for tiny, 59 MB for base
+MAX_WINDOWS = 64  # decoded together: keys and values of the sound alone are 18 MB each for tiny, 37 for base
 MAX_TEXTS = 100  # beams or samples decoded at once: memory and time grow with each
 MODEL_SUPPRESS_SET = -1  # in suppress_tokens: the model's own list of non-speech symbols
 
@@ -259,14 +259,12 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, defaults: dict | Non
     group.add_argument("--without-timestamps", action="store_true", default=default.without_timestamps,
                        help="decode text only, one segment per 30 s window (default: "
                             f"{'without' if default.without_timestamps else 'with timestamps'})")
-    add("batch_size", as_whole, "N", f"windows of 30 s that are decoded together, 1 to {MAX_WINDOWS}, of one recording "
-        "or several; above 1 a long recording is cut beforehand at the quietest point of each window's last 5 s, "
-        "and no window has the text before it as a prompt")
 
 
 def decoding_options(args: argparse.Namespace) -> dict:
     """Parsed arguments -> the keyword arguments of `transcribe`, checked. UsageError names the flag."""
-    options = {field.name: getattr(args, field.name) for field in fields(TranscribeOptions)}
+    names = [field.name for field in fields(TranscribeOptions) if hasattr(args, field.name)]
+    options = {name: getattr(args, name) for name in names}
     with errors_name_flags():
         checked = TranscribeOptions(**options)
     return {name: getattr(checked, name) for name in options}

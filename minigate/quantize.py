@@ -21,7 +21,7 @@ from minigate import calibrate, checkpoint, graph, kernels, sensitivity, transfo
 from minigate.calibrate import CalibrationOptions, Speech
 from minigate.command import check_stdout, run_main, say, show
 from minigate.errors import UsageError
-from minigate.int8weights import dequantize, quantize_weights
+from minigate.int8weights import dequantize, quantize_weights, smallest_float
 from minigate.model import find
 from minigate.quantizeoptions import PROG, WEIGHTS, QuantizeOptions, name_flag, parse
 from minigate.quantizereport import inspect, summary
@@ -111,11 +111,13 @@ class Prepared:
 
     def quantized(self, keep_float: Iterable[str]) -> tuple[dict, dict[str, np.ndarray]]:
         """-> metadata and tensors of the quantized model."""
-        metadata, tensors = self.quantization(keep_float), self.tensors
+        metadata = self.quantization(keep_float)
+        out = quantize_weights(metadata, self.tensors, self.moments)
         if self.means is not None:
-            rounded = dequantize(metadata, quantize_weights(metadata, tensors, self.moments))[1]
-            tensors = transforms.bias_correction(self.metadata, tensors, rounded, self.means)
-        return metadata, quantize_weights(metadata, tensors, self.moments)
+            rounded = dequantize(metadata, out)[1]
+            corrected = transforms.bias_correction(self.metadata, self.tensors, rounded, self.means)
+            out |= {name: smallest_float(corrected[name]) for name in out if name.endswith(".bias")}
+        return metadata, out
 
 
 def prepare(

@@ -43,24 +43,23 @@ def suppressed_tokens(model, chosen: tuple[int, ...]) -> np.ndarray:
 class Rules:
     """The rules for one model and one choice of options; of what was decoded they remember nothing.
 
-    sounds: of each row, the seconds of its sound, or None where silence is heard after it; options.sound_s of all rows
-    unless given.
+    sounds: of each row, the seconds of its sound, or None where silence is heard after it; none are given where it is
+    heard after all.
     """
 
-    def __init__(self, model, options: DecodingOptions, sounds: Sequence[float | None] | None = None):
+    def __init__(self, model, options: DecodingOptions, sounds: Sequence[float | None] = ()):
         tokenizer = model.tokenizer
         self.eot = tokenizer.eot
         self.timestamp_begin = tokenizer.timestamp_begin
         self.timestamps = not options.without_timestamps
         self.never = suppressed_tokens(model, options.suppress_tokens)
         self.not_first = np.array([*tokenizer.encode(" "), self.eot] if options.suppress_blank else [], int)
-        self.max_initial = self.max_start = None  # the latest timestamps; max_start (rows,) or (1,), for all of them
+        self.max_initial = self.max_start = None  # the latest timestamps; max_start (rows,)
         if self.timestamps:
             self.never = np.union1d(self.never, tokenizer.no_timestamps)
             precision_s = CHUNK_S / model.dims.n_audio_ctx  # 0.02
             if options.max_initial_timestamp is not None:
                 self.max_initial = self.timestamp_begin + round(options.max_initial_timestamp / precision_s)
-            sounds = [options.sound_s] if sounds is None else sounds
             if any(sound_s is not None for sound_s in sounds):
                 latest_s = [CHUNK_S if s is None else max(0.0, s - SHORTEST_SEGMENT_S) for s in sounds]
                 self.max_start = np.array([self.timestamp_begin + int(s / precision_s) for s in latest_s])
@@ -111,9 +110,8 @@ class Rules:
     def _begin_in_sound(self, logits: np.ndarray, rows: np.ndarray) -> None:
         """In these rows a segment may begin, if there is sound left for it."""
         if self.max_start is not None:
-            latest = np.broadcast_to(self.max_start, len(logits))
             for row in rows:
-                logits[row, latest[row] + 1 :] = -np.inf
+                logits[row, self.max_start[row] + 1 :] = -np.inf
 
     def _prefer_timestamps(self, logits: np.ndarray) -> None:
         """Where all timestamps together are likelier than the likeliest other token, it is one of them."""

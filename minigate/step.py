@@ -82,8 +82,8 @@ def lengthen(batch: Batch, length: int) -> Batch:
 
 
 class OutlierPenalty:
-    """outlier_weight * mean over n_tensors tensors of log(1 + E[(|A| / tau)^power]), for `tape.Recorded`, of a batch
-    whose parts may lie in several processes. Padded positions count like others.
+    """outlier_weight * mean over n_tensors tensors of log(1 + E[(|A| / (tau * unit))^power]), for `tape.Recorded`, of a
+    batch whose parts may lie in several processes. Padded positions count like others, in a window's rms too.
 
     For a tensor whose parts have means m_r and make up w_r of it, log(1 + Σ w_r m_r) = log(Σ w_r exp(v_r)) with the
     parts' own values v_r = log(1 + m_r): one exchange of numbers between forward and backward, and each part's

@@ -202,11 +202,9 @@ def power_sum(a, largest: float, power: int) -> float:
     return total[0]
 
 
-def power_backward(a, largest: float, factor: float, power: int) -> np.ndarray:
-    """factor sign(a) (|a| / largest)^(power - 1)."""
-    da = np.empty(a.shape, F32)
+def power_backward(a, largest: float, factor: float, power: int, da) -> None:
+    """da = factor sign(a) (|a| / largest)^(power - 1)."""
     _check(lib.mg_power_backward(_floats(da), _floats(a), largest, factor, power, a.size))
-    return da
 
 
 # ---- optimizer ----

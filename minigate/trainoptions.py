@@ -90,10 +90,10 @@ FREE = ("steps", "checkpoint_every", "eval_every", "eval_utterances", "eval_outl
 
 def check_same(facts: dict, settings: Settings, where: str) -> None:
     """UsageError, naming the flag, for an option that a resumed run must have as before. facts: of its checkpoint."""
-    kept, now = facts["options"], settings.flat()
+    kept, now = {**Settings().flat(), **facts["options"]}, settings.flat()  # an option it lacks is younger than the run
     for name in now:
-        if name not in FREE and kept.get(name) != now[name]:
-            raise UsageError(f"{flag_of(name)}: expected {_shown(kept.get(name))} like the run in {where}, "
+        if name not in FREE and kept[name] != now[name]:
+            raise UsageError(f"{flag_of(name)}: expected {_shown(kept[name])} like the run in {where}, "
                              f"got {_shown(now[name])}; --resume continues a run with the options that it began with")
     if facts["step"] > settings.train.steps:
         raise UsageError(f"--steps: expected {facts['step']} at least, which the run in {where} has done, "
@@ -140,7 +140,7 @@ LOSSES = (
     ("ce_weight", as_number, "X", "of the cross-entropy on the teacher's text"),
     ("hidden_weight", as_number, "X", "of the mean squared difference of the encoders' outputs"),
     ("temperature", as_number, "T", "that divides the logits in the KL"),
-    ("outlier_weight", as_number, "X", "of the mean over tensors of log(1 + E[(|activation| / tau)^power])"),
+    ("outlier_weight", as_number, "X", "of the mean over tensors of log(1 + E[(|activation| / (tau * unit))^power])"),
     ("outlier_tau", as_number, "X", "above this an activation counts much"),
     ("outlier_decoder_tau", as_number_or_none, "X", "the same in the decoder's blocks, whose values are smaller"),
     ("outlier_unit", str, "UNIT", "of tau: value, as it stands, or rms, multiples of each window's root mean square"),
@@ -181,7 +181,8 @@ def build_parser() -> ArgumentParser:
     add("--resume", action="store_true", help="continue the run in --output from its checkpoint, or start if there is "
         "none; same options as before except --steps and how often to save and look")  # fmt: skip
     add("--config", metavar="FILE.toml", type=Path, help="more options, by the same names; the command line wins")
-    add("--label-cache", metavar="DIR", type=Path, help="the teacher's labels (default: DIR/labels of --output)")
+    add("--label-cache", metavar="DIR", type=Path, help="the teacher's labels and, with --hidden-weight, its "
+        "encoder's outputs, 38 kB a second for tiny (default: DIR/labels of --output)")
     add("--mel-cache", metavar="DIR", type=Path, help="log-mels (default: DIR/mels of --output)")
     add("--threads", type=as_whole, metavar="N", help="default: the cores this process may use")
     add("--quiet", action="store_true", help="no progress")

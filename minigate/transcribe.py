@@ -47,10 +47,11 @@ def transcribe(
         raise UsageError(f"options: expected some of {names}, got {', '.join(sorted(unknown))}")
     checked = TranscribeOptions(**options)
     if checked.batch_size > 1:
-        from minigate.batched import BatchedTranscription as kind
+        from minigate.batched import BatchedTranscription  # which is made of what is below
+
+        transcription = BatchedTranscription(model, audio, checked)
     else:
-        kind = Transcription
-    transcription = kind(model, audio, checked)
+        transcription = Transcription(model, audio, checked)
     for segments in transcription.by_window():
         for segment in segments if on_segment else ():
             on_segment(segment)

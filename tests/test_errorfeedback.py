@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from minigate.errorfeedback import feedback, output_error, round_with_feedback
+from minigate.errorfeedback import feedback, round_with_feedback
+
+
+def output_error(w: np.ndarray, rounded: np.ndarray, moments: np.ndarray) -> float:
+    """w, rounded (N, K), moments (K, K) = E[x xᵀ] -> E[|(w - rounded) x|²], what feedback makes small."""
+    difference = np.asarray(w, np.float64) - rounded
+    return float(np.einsum("nk,kl,nl->", difference, moments, difference, optimize=True))
 
 
 def correlated(k, rows, seed=0):

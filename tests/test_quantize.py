@@ -7,13 +7,13 @@ import pytest
 
 from minigate import calibrate, checkpoint, graph, quantize, quantizereport, tensorfile
 from minigate.calibrate import CalibrationOptions
-from minigate.errorfeedback import output_error
 from minigate.errors import UsageError
 from minigate.model import Model
 from minigate.ops import conv_matrix
 from minigate.quantizeoptions import QuantizeOptions
 from tests.sounds import write_manifest
 from tests.test_calibrate import hearing_toy, speech
+from tests.test_errorfeedback import output_error
 from tests.toy import DIMS, toy_model
 
 CALIBRATION = {"method": "minmax", "percentile": None, "batches": 16, "seed": 0, "windows": 8, "sha256": "0"}

@@ -20,7 +20,8 @@ NEVER = STEERING | set(T.non_speech_tokens)
 def allowed(tokens=(), row=None, **options):
     """The tokens left after `tokens`; all logits 0 unless given."""
     logits = np.zeros((1, T.n_vocab), np.float32) if row is None else np.array([row], np.float32)
-    Rules(MODEL, DecodingOptions(**options)).apply(logits, np.array([tokens], int).reshape(1, -1))
+    sounds = [options.pop("sound_s")] if "sound_s" in options else []
+    Rules(MODEL, DecodingOptions(**options), sounds).apply(logits, np.array([tokens], int).reshape(1, -1))
     return set(np.flatnonzero(logits[0] > -np.inf).tolist())
 
 

@@ -143,10 +143,12 @@ class Parts(Alone):
         return self.longest
 
 
+@pytest.mark.parametrize("unit", [{}, {"outlier_unit": "rms"}, {"outlier_unit": "rms", "outlier_unit_most": 0.9}])
 @pytest.mark.parametrize("cut", [[[0], [1, 2]], [[2, 0], [1]], [[0, 1, 2], []]])
-def test_parts_in_processes_add_up_to_the_whole(cut):
+def test_parts_in_processes_add_up_to_the_whole(cut, unit):
     batch, _ = training.batch()
-    whole = distillation()
+    options = replace(training.DISTILL, **unit)
+    whole = distillation(options=options)
     expected = whole.forward_backward(batch)
     batches = [shorten(rows(batch, places)) if places else None for places in cut]
     counts = [np.array([[(b.targets >= 0).sum(), b.frames.sum(), len(b.mel)] if b else [0, 0, 0]]) for b in batches]
@@ -158,10 +160,10 @@ def test_parts_in_processes_add_up_to_the_whole(cut):
             return array
 
     shares = [step.shares([b], Parts(np.array(sum(counts), float), 0))[0] for b in batches]
-    parts = distillation(processes=Listening(None, batch.targets.shape[1]))
+    parts = distillation(processes=Listening(None, batch.targets.shape[1]), options=options)
     for part, share in zip(batches, shares, strict=True):
         parts.forward_backward(part, share)
-    parts = distillation(processes=Parts(sum(penalties), batch.targets.shape[1]))
+    parts = distillation(processes=Parts(sum(penalties), batch.targets.shape[1]), options=options)
     found = total([parts.forward_backward(part, share)
                    for part, share in zip(batches, shares, strict=True)])  # fmt: skip
     np.testing.assert_allclose(found.array(), expected.array(), rtol=1e-12)

@@ -133,6 +133,8 @@ def test_a_resumed_run_keeps_its_options_but_the_free_ones():
              "max_skipped": 5, "max_unreadable": 0.6}  # fmt: skip
     assert set(other) == set(trainoptions.FREE)
     check_same(facts, replace(before, train=TrainOptions(**other)), "run")
+    younger = {name: value for name, value in before.flat().items() if name != "outlier_unit"}
+    check_same({"options": younger, "step": 10}, before, "run")  # a run from before there was such an option
     with pytest.raises(UsageError, match="^--speeds: expected 0.9,1 like the run in run, got 1; --resume"):
         check_same(facts, parse(BASE)[1], "run")
     with pytest.raises(UsageError, match="^--steps: expected 10 at least, which the run in run has done, got 9"):

@@ -233,11 +233,13 @@ def test_corrected_biases_restore_the_mean_output():
 # --- in a quantized model
 
 
-@pytest.mark.parametrize("kept", [[], ["encoder.positional_embedding", "decoder.embed"]])
+@pytest.mark.parametrize("kept", [[], ["encoder.positional_embedding", "decoder.embed"], ["decoder.ln"],
+                                  ["decoder.token_embedding"], ["paper", "decoder.blocks.0.mlp.2"]])  # fmt: skip
 @pytest.mark.parametrize("scheme", checkpoint.SCHEMES)
 def test_a_model_of_every_scheme_keeps_what_the_helpers_made(tmp_path, scheme, kept):
     metadata, tensors = hearing_toy("per_head", n_audio_ctx=30)
-    options = QuantizeOptions(scheme, "per-channel", smoothquant=0.5, bias_correction=True, equalize=True, rotate=True)
+    options = QuantizeOptions(scheme, "per-channel", smoothquant=0.5, bias_correction=True, equalize=True, rotate=True,
+                              error_feedback=True)  # fmt: skip
     heard = speech(tmp_path, metadata, (0.6, 1.1))
     prepared = quantize.prepare(metadata, tensors, options, CalibrationOptions(batches=1), heard)
     checkpoint.write(tmp_path / "out.safetensors", *prepared.quantized(kept))
@@ -249,5 +251,5 @@ def test_a_model_of_every_scheme_keeps_what_the_helpers_made(tmp_path, scheme, k
         each.decode(heard.tokens[0], each.start(each.encode(heard.mel(0))), all_positions=True)
         for each in (loaded, simulated, plain)
     )
-    assert np.median(np.abs(got - real)) < 1e-5 * np.abs(real).max()
+    assert np.quantile(np.abs(got - real), 0.99) < 1e-5 * np.abs(real).max()
     assert np.abs(real - expected).mean() < 0.15 * expected.std()

@@ -120,7 +120,8 @@ def _penalty(found: Mapping | None) -> str:
     if found is None:
         return "-"
     taus = [found["outlier_tau"], found.get("outlier_decoder_tau")]
-    unit = " rms" if found.get("outlier_unit") == "rms" else ""
+    most = found.get("outlier_unit_most")
+    unit = (f" rms ≤ {most:g}" if most else " rms") if found.get("outlier_unit") == "rms" else ""
     return f"{found['outlier_weight']:g}, {'/'.join(f'{tau:g}' for tau in taus if tau is not None)}{unit}"
 
 
