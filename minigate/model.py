@@ -297,8 +297,9 @@ class Model:
         options, with their defaults: language=None, task="transcribe", beam_size=1, patience=1.0, length_penalty=None,
         best_of=5, temperature=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), compression_ratio_threshold=2.4, logprob_threshold=-1.0,
         no_speech_threshold=0.6, condition_on_previous_text=True, initial_prompt=None, hotwords=None,
-        suppress_tokens="-1", without_timestamps=False (see `options.TranscribeOptions`), on_segment=None and
-        on_progress=None (see `transcribe.transcribe`). Raises UsageError for an option, FileError for the recording.
+        suppress_tokens="-1", without_timestamps=False, batch_size=1 (see `options.TranscribeOptions`),
+        on_segment=None and on_progress=None (see `transcribe.transcribe`). Raises UsageError for an option, FileError
+        for the recording.
         """
         from minigate.transcribe import transcribe
 

@@ -141,7 +141,7 @@ def test_documented_options_are_the_options():
     for field in fields(TranscribeOptions):
         shown = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
         assert f"{field.name}={shown}" in " ".join(Model.transcribe.__doc__.split()), field.name
-    assert len(names) == 15
+    assert len(names) == 16
 
 
 @pytest.mark.parametrize("threads", [0, 2.5, "2", True, 10**6])
