@@ -7,7 +7,7 @@ where each of them is predicted, in float16. From it the teacher's logits follow
 `hidden @ token_embedding.T`. Greedy decoding obeys the rules of transcription; the logits are those before the rules.
 
 Where the encoders' outputs are compared too, `encoding` is the teacher's for the part of the window that the student
-hears, in float16 as well, kept beside the label: recomputing it costs as much as a step.
+hears, in float16 as well, kept beside the label: to make it anew is to hear 30 s for every window of every step.
 
 A window is labelled either with timestamps or without. Which, its hash decides (`with_timestamps`), so that it stays
 so from epoch to epoch, from run to run and whatever the seed is.
