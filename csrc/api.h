@@ -44,8 +44,9 @@ enum mg_status mg_pack_int8(int8_t *packed, const int8_t *w, size_t n, size_t k)
 enum mg_status mg_matmul_int8(int32_t *acc, const int8_t *a, const int8_t *packed, size_t m, size_t n, size_t k);
 
 /* out[i][j] = [gelu](a_scale[i] * w_scale[j] * acc[i][j] + bias[j]) + residual[i][j].  out, residual (m,n), a_scale (m),
-   w_scale, bias (n); bias and residual may be NULL, residual may be out. */
-enum mg_status mg_linear_int8(float *out, const int8_t *a, const float *a_scale, const int8_t *packed,
+   w_scale, bias (n); bias and residual may be NULL, residual may be out.  half, unless NULL, receives the result instead
+   of out, rounded to bfloat16, ties to even. */
+enum mg_status mg_linear_int8(float *out, uint16_t *half, const int8_t *a, const float *a_scale, const int8_t *packed,
                               const float *w_scale, const float *bias, const float *residual, int gelu,
                               size_t m, size_t n, size_t k);
 
@@ -65,11 +66,13 @@ enum mg_status mg_finish(float *out, const float *x, const float *bias, const fl
 /* out = softmax(q k^T / sqrt(d)) v * gate, head by head; key j is seen by query i if j <= i + t_k - t_q or not causal.
    out (n_batch, t_q, n_head*d); q (n_batch, t_q, n_head*d), k and v (n_batch/group, t_k, n_head*d) with strides in
    elements between batches and between rows; row b of the batch attends to k[b / group].
+   half: k and v are bfloat16 (uint16_t), else float.
    gate: NULL, or (n_batch, t_q, n_head*gate_width) dense, gate_width 1 or d.
+   bf16: where mg_has_bf16() and queries are many, q / sqrt(d), k, v and the softmax are rounded to bfloat16.
    MG_BAD_VALUE: t_k is 0, group does not divide n_batch, gate_width is neither, or causal and t_q > t_k. */
-enum mg_status mg_attention(float *out, const float *q, const float *k, const float *v, const float *gate,
+enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, int half, const float *gate,
                             size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch, size_t v_row,
-                            size_t gate_width, int causal,
+                            size_t gate_width, int causal, int bf16,
                             size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d);
 
 /* ---- w8a8-static ---- */

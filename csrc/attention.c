@@ -6,16 +6,20 @@
 #include <math.h>
 #include <stdlib.h>
 
-enum { MAX_QUERIES = 64, RANGE_KEYS = 128 };    /* of any instruction set; a multiple of MG_KEYS */
+enum { MAX_QUERIES = MG_BF16_QUERIES, RANGE_KEYS = 128 };      /* of any instruction set; a multiple of MG_KEYS */
 
 struct attention {
     const struct mg_kernels *kernels;
+    const struct mg_bf16 *bf16; /* NULL: in float32 */
     float *out, *lse;
-    const float *q, *k, *v, *gate;
+    const float *q, *gate;
+    const void *k, *v;          /* float, or if half bfloat16 */
+    int half;
     size_t q_batch, q_row, k_batch, k_row, v_batch, v_row, gate_width;
     int causal;
     size_t group, n_head, t_q, t_k, d;
     size_t n_query;             /* that share their keys: group * t_q */
+    size_t block;               /* queries of a task */
     size_t parts;               /* blocks of queries, or ranges of keys */
     float *top, *sum, *o;       /* partial results: (n_batch / group, parts, n_query, n_head[, d]) */
     struct mg_scratch scratch;
@@ -38,16 +42,17 @@ static void attend_block(void *context, size_t task, size_t worker)
 {
     const struct attention *job = context;
     size_t batch = task / job->parts / job->n_head, head = task / job->parts % job->n_head;
-    size_t first = task % job->parts * job->kernels->max_queries;
+    size_t first = task % job->parts * job->block;
     float *out[MAX_QUERIES];
     const float *q[MAX_QUERIES], *gate[MAX_QUERIES];
     size_t seen[MAX_QUERIES];
     struct mg_attention_block block = {
         .out = out, .q = q, .gate = job->gate != NULL ? gate : NULL, .seen = seen,
         .lse = job->lse != NULL ? job->lse + (batch * job->n_head + head) * job->t_q + first : NULL,
-        .k = job->k + batch * job->k_batch + head * job->d, .v = job->v + batch * job->v_batch + head * job->d,
+        .k = (const float *)job->k + batch * job->k_batch + head * job->d,
+        .v = (const float *)job->v + batch * job->v_batch + head * job->d,
         .k_row = job->k_row, .v_row = job->v_row, .gate_width = job->gate_width,
-        .n_query = mg_min(job->kernels->max_queries, job->n_query - first), .d = job->d};
+        .n_query = mg_min(job->block, job->n_query - first), .d = job->d};
     for (size_t i = 0; i < block.n_query; i++) {
         size_t index = index_of(job, batch, first + i), at = index * job->n_head + head;
         out[i] = job->out + at * job->d;
@@ -56,19 +61,48 @@ static void attend_block(void *context, size_t task, size_t worker)
         if (job->gate != NULL)
             gate[i] = job->gate + at * job->gate_width;
     }
-    job->kernels->attend(&block, mg_scratch_of(&job->scratch, worker));
+    if (job->bf16 != NULL)
+        job->bf16->attend(job->bf16, &block, mg_scratch_of(&job->scratch, worker));
+    else
+        job->kernels->attend(&block, mg_scratch_of(&job->scratch, worker));
 }
 
 static enum mg_status attend_many(struct attention *job, size_t n_shared)
 {
-    size_t floats = job->kernels->attend_floats(job->d);
-    job->parts = (job->n_query + job->kernels->max_queries - 1) / job->kernels->max_queries;
+    size_t floats = job->bf16 != NULL ? job->bf16->attend_words(job->t_k, job->d) : job->kernels->attend_floats(job->d);
+    job->block = job->bf16 != NULL ? MG_BF16_QUERIES : job->kernels->max_queries;
+    job->parts = (job->n_query + job->block - 1) / job->block;
     size_t n_tasks = n_shared * job->n_head * job->parts;
     if (!mg_get_scratch(&job->scratch, floats * sizeof(float), n_tasks))
         return MG_NO_MEMORY;
     mg_run(attend_block, job, n_tasks, job->scratch.n_workers);
     free(job->scratch.data);
     return MG_OK;
+}
+
+static const void *element(const struct attention *job, const void *x, size_t i)
+{
+    return (const char *)x + i * (job->half ? sizeof(uint16_t) : sizeof(float));
+}
+
+static void widen(float *out, const uint16_t *x, size_t x_row, size_t rows, size_t n)
+{
+    for (size_t r = 0; r < rows; r++, out += n, x += x_row)
+        for (size_t i = 0; i < n; i++)
+            out[i] = mg_from_bf16(x[i]);
+}
+
+/* The keys and values of a range as floats, in room for RANGE_KEYS of each.  Keys are counted from the first one. */
+static void widen_range(const struct attention *job, struct mg_attention_range *range, float *room)
+{
+    size_t n = job->n_head * job->d, keys = range->end_key - range->first_key;
+    float *values = room + RANGE_KEYS * n;
+    widen(room, (const uint16_t *)range->k + range->first_key * range->k_row, range->k_row, keys, n);
+    widen(values, (const uint16_t *)range->v + range->first_key * range->v_row, range->v_row, keys, n);
+    range->k = room - range->first_key * n;
+    range->v = values - range->first_key * n;
+    range->k_row = range->v_row = n;
+    range->half = 0;
 }
 
 static void attend_range(void *context, size_t task, size_t worker)
@@ -80,10 +114,12 @@ static void attend_range(void *context, size_t task, size_t worker)
     size_t seen[MAX_QUERIES];
     struct mg_attention_range range = {
         .top = job->top + at, .sum = job->sum + at, .o = job->o + at * job->d, .q = q, .seen = seen,
-        .k = job->k + batch * job->k_batch, .v = job->v + batch * job->v_batch, .k_row = job->k_row,
-        .v_row = job->v_row, .first_key = first, .end_key = mg_min(first + RANGE_KEYS, job->t_k),
+        .k = element(job, job->k, batch * job->k_batch), .v = element(job, job->v, batch * job->v_batch),
+        .half = job->half, .k_row = job->k_row, .v_row = job->v_row, .first_key = first,
+        .end_key = mg_min(first + RANGE_KEYS, job->t_k),
         .n_query = job->n_query, .n_head = job->n_head, .d = job->d};
-    (void)worker;
+    if (job->half && !job->kernels->reads_half)
+        widen_range(job, &range, mg_scratch_of(&job->scratch, worker));
     for (size_t i = 0; i < job->n_query; i++) {
         q[i] = query_of(job, index_of(job, batch, i));
         seen[i] = seen_by(job, index_of(job, batch, i));
@@ -128,20 +164,47 @@ static enum mg_status attend_few(struct attention *job, size_t n_shared)
         return MG_NO_MEMORY;
     job->sum = job->top + n_results;
     job->o = job->sum + n_results;
-    mg_run(attend_range, job, n_shared * job->parts, MG_MAX_THREADS);
+    size_t room = job->half && !job->kernels->reads_half ? 2 * RANGE_KEYS * job->n_head * job->d * sizeof(float) : 0;
+    if (!mg_get_scratch(&job->scratch, room, n_shared * job->parts)) {
+        free(job->top);
+        return MG_NO_MEMORY;
+    }
+    mg_run(attend_range, job, n_shared * job->parts, job->scratch.n_workers);
     mg_run(merge_ranges, job, n_shared * job->n_query, MG_MAX_THREADS);
+    free(job->scratch.data);
     free(job->top);
     return MG_OK;
 }
 
-enum mg_status mg_attention(float *out, const float *q, const float *k, const float *v, const float *gate,
+/* Many queries of keys and values in bfloat16, which become floats at first. */
+static enum mg_status attend_widened(struct attention *job, size_t n_shared)
+{
+    size_t n = job->n_head * job->d, floats = n_shared * job->t_k * n;
+    float *k = malloc(mg_max(1, 2 * floats) * sizeof *k), *v = k + floats;
+    if (k == NULL)
+        return MG_NO_MEMORY;
+    for (size_t i = 0; i < n_shared; i++) {
+        widen(k + i * job->t_k * n, (const uint16_t *)job->k + i * job->k_batch, job->k_row, job->t_k, n);
+        widen(v + i * job->t_k * n, (const uint16_t *)job->v + i * job->v_batch, job->v_row, job->t_k, n);
+    }
+    job->k = k;
+    job->v = v;
+    job->half = 0;
+    job->k_row = job->v_row = n;
+    job->k_batch = job->v_batch = job->t_k * n;
+    enum mg_status status = attend_many(job, n_shared);
+    free(k);
+    return status;
+}
+
+enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, int half, const float *gate,
                             size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch, size_t v_row,
-                            size_t gate_width, int causal,
+                            size_t gate_width, int causal, int bf16,
                             size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d)
 {
     struct attention job = {
-        .kernels = mg_kernels(), .out = out, .q = q, .k = k, .v = v, .gate = gate, .q_batch = q_batch, .q_row = q_row,
-        .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width,
+        .kernels = mg_kernels(), .bf16 = bf16 ? mg_bf16() : NULL, .out = out, .q = q, .k = k, .v = v,
+        .half = half, .gate = gate, .q_batch = q_batch, .q_row = q_row, .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width,
         .causal = causal, .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d, .n_query = group * t_q};
     if (t_k == 0 || group == 0 || n_batch % group != 0 || (causal && t_q > t_k))
         return MG_BAD_VALUE;
@@ -149,8 +212,9 @@ enum mg_status mg_attention(float *out, const float *q, const float *k, const fl
         return MG_BAD_VALUE;
     if (n_batch == 0 || n_head == 0 || d == 0 || t_q == 0)
         return MG_OK;
-    return job.n_query <= job.kernels->few_queries ? attend_few(&job, n_batch / group)
-                                                   : attend_many(&job, n_batch / group);
+    if (job.n_query <= job.kernels->few_queries)
+        return attend_few(&job, n_batch / group);
+    return half ? attend_widened(&job, n_batch / group) : attend_many(&job, n_batch / group);
 }
 
 /* ---- training ---- */

@@ -12,7 +12,7 @@
 #include <string.h>
 
 #define TARGET __attribute__((target("avx2,fma")))
-enum { LANES = 8, VECTORS = 3, TILE = 4, SOME_KEYS = 32 };
+enum { LANES = 8, VECTORS = 3, TILE = 4, SOME_KEYS = 32, AHEAD = 64 };
 
 /* 2^x for x <= 0; 0 below -126 */
 MG_INLINE TARGET __m256 exp2_of(__m256 x)
@@ -231,6 +231,14 @@ MG_INLINE TARGET __m256 sums_of(const __m256 *c)
     return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
+/* Fetches elements that are read AHEAD keys later, or lie behind the last key, which does no harm: each head's part is
+   too short for a processor to see it coming.  One row at a time, since many at once stall. */
+MG_INLINE TARGET void fetch(const float *x, const size_t vectors)
+{
+    for (size_t v = 0; v < vectors; v += 2)
+        _mm_prefetch((const char *)(x + v * LANES), _MM_HINT_T1);
+}
+
 /* c[r] += q * key[r] for 8 keys, those beyond n being copies of the last, over some vectors, the last of up to 8. */
 MG_INLINE TARGET void score_step(__m256 *c, const float *q, const float *key, size_t k_row, size_t n, size_t left,
                                  const size_t vectors)
@@ -244,6 +252,7 @@ MG_INLINE TARGET void score_step(__m256 *c, const float *q, const float *key, si
         MG_UNROLL
         for (size_t v = 0; v < vectors; v++)
             c[r] = _mm256_fmadd_ps(x[v], load(key + v * LANES, left), c[r]);
+        fetch(key + AHEAD * k_row, vectors);
         key += r + 1 < n ? k_row : 0;
     }
 }
@@ -292,6 +301,7 @@ MG_INLINE TARGET void add_step(float *o, float scale, const float *p, const floa
     for (size_t v = 0; v < vectors; v++)
         c[v] = _mm256_mul_ps(load(o + v * LANES, left), _mm256_set1_ps(scale));
     for (size_t j = 0; j < n; j++, value += v_row) {
+        fetch(value + AHEAD * v_row, vectors);
         MG_UNROLL
         for (size_t v = 0; v < vectors; v++)
             c[v] = _mm256_fmadd_ps(_mm256_set1_ps(p[j]), load(value + v * LANES, left), c[v]);
@@ -316,17 +326,6 @@ TARGET static void add_some(float *o, float scale, const float *p, const float *
         add_step(o + i, scale, p, value + i, v_row, n, d - i, 1);
 }
 
-/* Fetches, while head is at work, its share of the rows that all heads will read next, in the order of memory. */
-MG_INLINE TARGET void fetch_share(const struct mg_attention_range *r, size_t key, size_t head)
-{
-    size_t n = key < r->end_key ? mg_min(SOME_KEYS, r->end_key - key) : 0;
-    for (size_t j = key + n * head / r->n_head; j < key + n * (head + 1) / r->n_head; j++)
-        for (size_t i = 0; i < r->n_head * r->d; i += 64 / sizeof(float)) {
-            _mm_prefetch((const char *)(r->k + j * r->k_row + i), _MM_HINT_T1);
-            _mm_prefetch((const char *)(r->v + j * r->v_row + i), _MM_HINT_T1);
-        }
-}
-
 TARGET void mg_avx2_attend_range(const struct mg_attention_range *r)
 {
     float unit = (float)(MG_LOG2_E / sqrt((double)r->d)), p[SOME_KEYS];
@@ -337,8 +336,8 @@ TARGET void mg_avx2_attend_range(const struct mg_attention_range *r)
     memset(r->o, 0, r->n_query * r->n_head * r->d * sizeof *r->o);
     for (size_t key = r->first_key; key < r->end_key; key += SOME_KEYS)
         for (size_t head = 0; head < r->n_head; head++) {
-            const float *k = r->k + key * r->k_row + head * r->d, *v = r->v + key * r->v_row + head * r->d;
-            fetch_share(r, key + SOME_KEYS, head);
+            const float *k = (const float *)r->k + key * r->k_row + head * r->d;
+            const float *v = (const float *)r->v + key * r->v_row + head * r->d;
             for (size_t l = 0; l < r->n_query; l++) {
                 size_t end = mg_min(r->end_key, r->seen[l]), at = l * r->n_head + head;
                 if (end <= key)

@@ -12,7 +12,7 @@
 #include <string.h>
 
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
-enum { LANES = 16, VECTORS = 3, TILE = 8, SOME_KEYS = 32 };
+enum { LANES = 16, VECTORS = 3, TILE = 8, SOME_KEYS = 32, AHEAD = 64 };
 
 /* 2^x for x <= 0, however small */
 MG_INLINE TARGET __m512 exp2_of(__m512 x)
@@ -229,8 +229,31 @@ MG_INLINE TARGET __m512 sums_of(const __m512 *c)
     return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
 }
 
+/* Keys and values are floats, or if half bfloat16. */
+MG_INLINE const void *element(const void *x, size_t i, const int half)
+{
+    return (const char *)x + i * (half ? sizeof(uint16_t) : sizeof(float));
+}
+
+MG_INLINE TARGET __m512 load(const void *x, size_t i, __mmask16 mask, const int half)
+{
+    if (!half)
+        return _mm512_maskz_loadu_ps(mask, (const float *)x + i);
+    __m256i bits = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + i);
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+
+/* Fetches 64 elements that are read AHEAD keys later, or lie behind the last key, which does no harm: each head's part
+   is too short for a processor to see it coming.  One row at a time, since many at once stall. */
+MG_INLINE TARGET void fetch(const void *x, const int half)
+{
+    for (size_t line = 0; line < (half ? 2 : 4); line++)
+        _mm_prefetch((const char *)x + 64 * line, _MM_HINT_T1);
+}
+
 /* p[j] = q . key[j], times unit, for n <= SOME_KEYS keys; -> their maximum */
-TARGET static float score_some(float *p, const float *q, const float *key, size_t k_row, size_t n, size_t d, float unit)
+MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, size_t k_row, size_t n, size_t d, float unit,
+                                  const int half)
 {
     __m512 top = _mm512_set1_ps(MG_LOWEST);
     for (size_t j = 0; j < n; j += LANES) {
@@ -239,7 +262,7 @@ TARGET static float score_some(float *p, const float *q, const float *key, size_
         for (size_t r = 0; r < LANES; r++)
             c[r] = _mm512_setzero_ps();
         for (size_t i = 0; i < d; i += 4 * LANES) {
-            const float *at = key + j * k_row + i;
+            const void *at = element(key, j * k_row + i, half);
             __m512 x[4];
             __mmask16 mask[4];
             MG_UNROLL
@@ -251,8 +274,9 @@ TARGET static float score_some(float *p, const float *q, const float *key, size_
             for (size_t r = 0; r < LANES; r++) {
                 MG_UNROLL
                 for (size_t v = 0; v < 4; v++)
-                    c[r] = _mm512_fmadd_ps(x[v], _mm512_maskz_loadu_ps(mask[v], at + v * LANES), c[r]);
-                at += j + r + 1 < n ? k_row : 0;        /* beyond the last key stand copies of it */
+                    c[r] = _mm512_fmadd_ps(x[v], load(at, v * LANES, mask[v], half), c[r]);
+                fetch(element(at, AHEAD * k_row, half), half);
+                at = element(at, j + r + 1 < n ? k_row : 0, half);        /* beyond the last key stand copies of it */
             }
         }
         __m512 score = _mm512_mul_ps(sums_of(c), _mm512_set1_ps(unit));
@@ -275,10 +299,11 @@ TARGET static float weigh_some(float *p, float top, size_t n)
 }
 
 /* o = o * scale + sum_j p[j] * value[j] */
-TARGET static void add_some(float *o, float scale, const float *p, const float *value, size_t v_row, size_t n, size_t d)
+MG_INLINE TARGET void add_some(float *o, float scale, const float *p, const void *value, size_t v_row, size_t n, size_t d,
+                               const int half)
 {
     for (size_t i = 0; i < d; i += 4 * LANES) {
-        const float *at = value + i;
+        const void *at = element(value, i, half);
         __m512 c[4];
         __mmask16 mask[4];
         MG_UNROLL
@@ -286,10 +311,11 @@ TARGET static void add_some(float *o, float scale, const float *p, const float *
             mask[v] = mask_of(i + v * LANES < d ? d - i - v * LANES : 0);
             c[v] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask[v], o + i + v * LANES), _mm512_set1_ps(scale));
         }
-        for (size_t j = 0; j < n; j++, at += v_row) {
+        for (size_t j = 0; j < n; j++, at = element(at, v_row, half)) {
+            fetch(element(at, AHEAD * v_row, half), half);
             MG_UNROLL
             for (size_t v = 0; v < 4; v++)
-                c[v] = _mm512_fmadd_ps(_mm512_set1_ps(p[j]), _mm512_maskz_loadu_ps(mask[v], at + v * LANES), c[v]);
+                c[v] = _mm512_fmadd_ps(_mm512_set1_ps(p[j]), load(at, v * LANES, mask[v], half), c[v]);
         }
         MG_UNROLL
         for (size_t v = 0; v < 4; v++)
@@ -297,18 +323,7 @@ TARGET static void add_some(float *o, float scale, const float *p, const float *
     }
 }
 
-/* Fetches, while head is at work, its share of the rows that all heads will read next, in the order of memory. */
-MG_INLINE TARGET void fetch_share(const struct mg_attention_range *r, size_t key, size_t head)
-{
-    size_t n = key < r->end_key ? mg_min(SOME_KEYS, r->end_key - key) : 0;
-    for (size_t j = key + n * head / r->n_head; j < key + n * (head + 1) / r->n_head; j++)
-        for (size_t i = 0; i < r->n_head * r->d; i += 64 / sizeof(float)) {
-            _mm_prefetch((const char *)(r->k + j * r->k_row + i), _MM_HINT_T1);
-            _mm_prefetch((const char *)(r->v + j * r->v_row + i), _MM_HINT_T1);
-        }
-}
-
-TARGET void mg_avx512_attend_range(const struct mg_attention_range *r)
+MG_INLINE TARGET void attend_range(const struct mg_attention_range *r, const int half)
 {
     float unit = (float)(MG_LOG2_E / sqrt((double)r->d)), p[SOME_KEYS];
     for (size_t i = 0; i < r->n_query * r->n_head; i++) {
@@ -318,19 +333,27 @@ TARGET void mg_avx512_attend_range(const struct mg_attention_range *r)
     memset(r->o, 0, r->n_query * r->n_head * r->d * sizeof *r->o);
     for (size_t key = r->first_key; key < r->end_key; key += SOME_KEYS)
         for (size_t head = 0; head < r->n_head; head++) {
-            const float *k = r->k + key * r->k_row + head * r->d, *v = r->v + key * r->v_row + head * r->d;
-            fetch_share(r, key + SOME_KEYS, head);
+            const void *k = element(r->k, key * r->k_row + head * r->d, half);
+            const void *v = element(r->v, key * r->v_row + head * r->d, half);
             for (size_t l = 0; l < r->n_query; l++) {
                 size_t end = mg_min(r->end_key, r->seen[l]), at = l * r->n_head + head;
                 if (end <= key)
                     continue;
                 size_t n = mg_min(SOME_KEYS, end - key);
                 float before = r->top[at], scale;
-                r->top[at] = fmaxf(before, score_some(p, r->q[l] + head * r->d, k, r->k_row, n, r->d, unit));
+                r->top[at] = fmaxf(before, score_some(p, r->q[l] + head * r->d, k, r->k_row, n, r->d, unit, half));
                 scale = exp2f(before - r->top[at]);
                 r->sum[at] = r->sum[at] * scale + weigh_some(p, r->top[at], n);
-                add_some(r->o + at * r->d, scale, p, v, r->v_row, n, r->d);
+                add_some(r->o + at * r->d, scale, p, v, r->v_row, n, r->d, half);
             }
         }
+}
+
+TARGET void mg_avx512_attend_range(const struct mg_attention_range *r)
+{
+    if (r->half)
+        attend_range(r, 1);
+    else
+        attend_range(r, 0);
 }
 #endif

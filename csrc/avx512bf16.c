@@ -140,6 +140,8 @@ TARGET static void tile(const struct mg_bf16_tile *t)
 const struct mg_bf16 mg_avx512bf16 = {
     .pack = pack,
     .tile = tile,
+    .attend_words = mg_avx512bf16_attend_words,
+    .attend = mg_avx512bf16_attend,
     .attend_backward_words = mg_avx512bf16_attend_backward_words,
     .attend_backward = mg_avx512bf16_attend_backward,
 };

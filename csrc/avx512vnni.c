@@ -190,6 +190,7 @@ const struct mg_kernels mg_avx512vnni = {
     .attend_floats = mg_avx512_attend_floats,
     .attend = mg_avx512_attend,
     .attend_range = mg_avx512_attend_range,
+    .reads_half = 1,
     .attend_backward_floats = mg_avx512_attend_backward_floats,
     .attend_backward = mg_avx512_attend_backward,
     .rows = &mg_avx512_rows,

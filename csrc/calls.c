@@ -26,7 +26,8 @@ int mg_get_scratch(struct mg_scratch *scratch, size_t bytes, size_t n_tasks)
 
 struct product {
     const struct mg_kernels *kernels;
-    int32_t *acc;               /* the result, or NULL: then out is */
+    int32_t *acc;               /* the result, or NULL: then half is, or NULL: then out is */
+    uint16_t *half;
     struct mg_target out;
     struct mg_source residual;
     const int8_t *a, *panels;
@@ -48,11 +49,14 @@ static void store_tile(const struct product *p, const int32_t *acc, size_t row, 
             memcpy(p->acc + at, acc, n * sizeof *acc);
             continue;
         }
+        float wide[MG_PANEL];
         struct mg_finish f = {
-            .out = mg_target_at(p->out, at), .x = {.acc = acc, .scale = p->a_scale[r * p->a_scale_step]},
+            .out = p->half != NULL ? (struct mg_target){.x = wide} : mg_target_at(p->out, at), .x = {.acc = acc, .scale = p->a_scale[r * p->a_scale_step]},
             .residual = mg_source_at(p->residual, at), .factor = p->w_scale + column,
             .bias = p->bias != NULL ? p->bias + column : NULL, .gelu = p->gelu};
         p->kernels->finish(&f, n);
+        for (size_t j = 0; p->half != NULL && j < n; j++)
+            p->half[at + j] = mg_to_bf16(wide[j]);
     }
 }
 
@@ -114,11 +118,11 @@ enum mg_status mg_matmul_int8(int32_t *acc, const int8_t *a, const int8_t *packe
     return run_product(&p, packed);
 }
 
-enum mg_status mg_linear_int8(float *out, const int8_t *a, const float *a_scale, const int8_t *packed,
+enum mg_status mg_linear_int8(float *out, uint16_t *half, const int8_t *a, const float *a_scale, const int8_t *packed,
                               const float *w_scale, const float *bias, const float *residual, int gelu,
                               size_t m, size_t n, size_t k)
 {
-    struct product p = {.out = {.x = out}, .a = a, .a_scale = a_scale, .a_scale_step = 1, .w_scale = w_scale,
+    struct product p = {.half = half, .out = {.x = out}, .a = a, .a_scale = a_scale, .a_scale_step = 1, .w_scale = w_scale,
                         .bias = bias, .residual = {.x = residual}, .gelu = gelu, .m = m, .n = n, .k = k};
     return run_product(&p, packed);
 }

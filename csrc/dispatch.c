@@ -114,6 +114,7 @@ static const char *const needs[] = {""};
 
 enum { N_ISA = sizeof isas / sizeof isas[0] };
 static _Atomic(const struct mg_kernels *) current;
+static _Atomic(const struct mg_bf16 *) current_bf16;
 
 const char *mg_isa_name(size_t i) { return i < N_ISA ? isas[i]->name : NULL; }
 
@@ -136,11 +137,24 @@ int mg_isa_usable(size_t i)
     return 1;
 }
 
+/* Beside the instruction set: some processors with VNNI have it, some have not. */
+static const struct mg_bf16 *bf16_of(const struct mg_kernels *kernels)
+{
+#if defined(__x86_64__)
+    for (size_t f = 0; kernels == &mg_avx512vnni && mg_feature_name(f) != NULL; f++)
+        if (strcmp(mg_feature_name(f), "avx512_bf16") == 0 && mg_feature(f) == USABLE)
+            return &mg_avx512bf16;
+#endif
+    (void)kernels;
+    return NULL;
+}
+
 enum mg_status mg_use_isa(const char *name)
 {
     for (size_t i = N_ISA; i-- > 0;)
         if ((name[0] == 0 || strcmp(name, isas[i]->name) == 0) && mg_isa_usable(i)) {
             atomic_store(&current, isas[i]);
+            atomic_store(&current_bf16, bf16_of(isas[i]));
             return MG_OK;
         }
     return MG_BAD_ISA;
@@ -156,15 +170,10 @@ const struct mg_kernels *mg_kernels(void)
     return kernels;
 }
 
-/* Beside the instruction set: some processors with VNNI have it, some have not. */
 const struct mg_bf16 *mg_bf16(void)
 {
-#if defined(__x86_64__)
-    for (size_t f = 0; mg_kernels() == &mg_avx512vnni && mg_feature_name(f) != NULL; f++)
-        if (strcmp(mg_feature_name(f), "avx512_bf16") == 0 && mg_feature(f) == USABLE)
-            return &mg_avx512bf16;
-#endif
-    return NULL;
+    mg_kernels();
+    return atomic_load(&current_bf16);
 }
 
 const char *mg_isa(void) { return mg_kernels()->name; }

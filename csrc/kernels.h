@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "api.h"
 
@@ -66,7 +67,8 @@ struct mg_attention_range {
     float *top, *sum, *o;
     const float *const *q;
     const size_t *seen;
-    const float *k, *v;
+    const void *k, *v;          /* float, or if half bfloat16 */
+    int half;
     size_t k_row, v_row, first_key, end_key, n_query, n_head, d;
 };
 
@@ -153,6 +155,7 @@ struct mg_kernels {
     size_t (*attend_floats)(size_t d);      /* size of scratch */
     void (*attend)(const struct mg_attention_block *block, float *scratch);
     void (*attend_range)(const struct mg_attention_range *range);
+    int reads_half;             /* whether attend_range takes keys and values in bfloat16 */
 
     /* The backward of a head, with scratch memory. */
     size_t (*attend_backward_floats)(size_t d);
@@ -205,6 +208,7 @@ const struct mg_kernels *mg_kernels(void);
 /* A tile of a product in bfloat16: c (rows, columns) [+]= bias + a b^T over some pairs of elements along k. */
 #define MG_BF16_ROWS 8          /* of a at a time */
 #define MG_BF16_PANELS 3        /* of b at a time, 16 columns each */
+#define MG_BF16_QUERIES 384     /* of attention that share packed keys and values */
 struct mg_bf16_tile {
     float *c;
     const uint32_t *a, *b;      /* of a panel: pairs 16 apart; panels of b are b_stride apart */
@@ -218,11 +222,15 @@ struct mg_bf16_tile {
 struct mg_bf16 {
     void (*pack)(uint32_t *panels, size_t stride, const float *x, size_t x_row, size_t x_column, size_t rows, size_t k);
     void (*tile)(const struct mg_bf16_tile *tile);
+    size_t (*attend_words)(size_t t_k, size_t d);              /* size of scratch */
+    void (*attend)(const struct mg_bf16 *self, const struct mg_attention_block *block, uint32_t *scratch);
     size_t (*attend_backward_words)(size_t t_k, size_t d);     /* size of scratch */
     void (*attend_backward)(const struct mg_attention_head *head, uint32_t *scratch);
 };
 #if defined(__x86_64__)
 extern const struct mg_bf16 mg_avx512bf16;
+size_t mg_avx512bf16_attend_words(size_t t_k, size_t d);
+void mg_avx512bf16_attend(const struct mg_bf16 *bf16, const struct mg_attention_block *block, uint32_t *scratch);
 size_t mg_avx512bf16_attend_backward_words(size_t t_k, size_t d);
 void mg_avx512bf16_attend_backward(const struct mg_attention_head *head, uint32_t *scratch);
 #endif
@@ -241,6 +249,23 @@ int mg_get_scratch(struct mg_scratch *scratch, size_t bytes, size_t n_tasks);   
 MG_INLINE void *mg_scratch_of(const struct mg_scratch *scratch, size_t worker)
 {
     return scratch->data + scratch->bytes * worker;
+}
+
+/* bfloat16, ties to even; NaN stays NaN */
+MG_INLINE uint16_t mg_to_bf16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
+}
+
+MG_INLINE float mg_from_bf16(uint16_t half)
+{
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
 }
 
 /* ln(sum * 2^top), top a score as a base-2 logarithm */

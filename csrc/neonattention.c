@@ -316,7 +316,8 @@ void mg_neon_attend_range(const struct mg_attention_range *r)
     memset(r->o, 0, r->n_query * r->n_head * r->d * sizeof *r->o);
     for (size_t key = r->first_key; key < r->end_key; key += SOME_KEYS)
         for (size_t head = 0; head < r->n_head; head++) {
-            const float *k = r->k + key * r->k_row + head * r->d, *v = r->v + key * r->v_row + head * r->d;
+            const float *k = (const float *)r->k + key * r->k_row + head * r->d;
+            const float *v = (const float *)r->v + key * r->v_row + head * r->d;
             for (size_t l = 0; l < r->n_query; l++) {
                 size_t end = mg_min(r->end_key, r->seen[l]), at = l * r->n_head + head;
                 if (end <= key)

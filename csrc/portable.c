@@ -281,7 +281,7 @@ static void attend(const struct mg_attention_block *b, float *scratch)
 static void attend_keys(float *top, float *sum, float *o, const float *q, const struct mg_attention_range *r,
                         size_t first, size_t end, size_t head)
 {
-    const float *k = r->k + head * r->d, *v = r->v + head * r->d;
+    const float *k = (const float *)r->k + head * r->d, *v = (const float *)r->v + head * r->d;
     float unit = (float)(MG_LOG2_E / sqrt((double)r->d)), p[MG_KEYS], before = *top;
     for (size_t j = first; j < end; j++) {
         p[j - first] = dot(q, k + j * r->k_row, 0.0f, r->d) * unit;

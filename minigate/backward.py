@@ -17,8 +17,7 @@ QUERIES = 128  # query rows whose probabilities exist at one time
 
 def round_bf16(x: np.ndarray) -> np.ndarray:
     """float32 rounded to the nearest bfloat16, ties to even, as float32."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
+    return reference.from_bf16(reference.to_bf16(np.asarray(x, np.float32)))
 
 
 def _operands(a, b, bf16):

@@ -1,8 +1,9 @@
 """The coarse operators of `model.py` on int8 weights, w ≈ scale * q with a scale per channel or per tensor.
 
 `Dynamic` is the scheme `w8a8-dynamic`: activations symmetric int8 with a scale per row, found at run time; products
-exact in int32. Attention, layer norm and GELU are float32. `WeightOnly` is the scheme `w8`: activations float32,
-weights expanded to float32 tile by tile. `w8a8-static` is in static.py.
+exact in int32. Layer norm and GELU are float32, and so is attention, but that the encoder's keys and values for the
+decoder are stored in bfloat16, and that many queries are multiplied in it where the instruction set can. `WeightOnly`
+is the scheme `w8`: activations float32, weights expanded to float32 tile by tile. `w8a8-static` is in static.py.
 
 B batch, T time, K inputs, N outputs, M = B T rows.
 """
@@ -12,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minigate import kernels, ops, static_kernels
+from minigate import kernels, ops, reference, static_kernels
 
+CROSS = (".cross_attn.key", ".cross_attn.value")  # read anew for each token, from memory: bfloat16 halves that
 TILE = 128 * 1024  # weights that are in memory as float32 at a time, 512 kB
 
 
@@ -61,6 +63,8 @@ class Int8Weights(ops.Float):
 class Dynamic(Int8Weights):
     """Everything that is int8 in the model file is computed in int8."""
 
+    bf16 = True
+
     def norm(self, name: str, x: np.ndarray) -> Rows:
         return self.rows(super().norm(name, x))
 
@@ -73,10 +77,12 @@ class Dynamic(Int8Weights):
     def linear(self, name: str, x, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
         w = self.p[f"{name}.weight"]
         if not isinstance(w, Weight):
-            return super().linear(name, x.x if isinstance(x, Rows) else x, gelu, residual)
+            y = super().linear(name, x.x if isinstance(x, Rows) else x, gelu, residual)
+            return reference.to_bf16(y) if name.endswith(CROSS) else y
         rows = x if isinstance(x, Rows) else self.rows(x)
         flat = None if residual is None else residual.reshape(-1, residual.shape[-1])
-        y = kernels.linear_int8(rows.q, rows.scale, w.packed, w.scale, self.p.get(f"{name}.bias"), gelu, flat)
+        bf16 = name.endswith(CROSS)
+        y = kernels.linear_int8(rows.q, rows.scale, w.packed, w.scale, self.p.get(f"{name}.bias"), gelu, flat, bf16)
         return y.reshape(*rows.x.shape[:-1], -1)
 
     def attention(self, name: str, q, k, v, h: Rows, n_head: int, causal: bool) -> np.ndarray:

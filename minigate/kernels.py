@@ -23,8 +23,9 @@ except ImportError as error:
 else:
     compiled, _missing = True, ""
     _FLOATS, _INTS, _BYTES = ffi.typeof("float[]"), ffi.typeof("int32_t[]"), ffi.typeof("int8_t[]")
+    _HALVES = ffi.typeof("uint16_t[]")
 
-F32, F64, I8 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int8)
+F32, F64, I8, U16 = (np.dtype(t) for t in (np.float32, np.float64, np.int8, np.uint16))
 MAX_THREADS = 256
 MAX_K = 131072      # inputs of an integer product that int32 surely holds
 ALIGNMENT = 64      # bytes, of packed weights
@@ -222,8 +223,9 @@ def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def linear_int8(q: np.ndarray, a_scale: np.ndarray, w: PackedInt8, w_scale: np.ndarray, bias=None, gelu=False,
-                residual=None) -> np.ndarray:
-    """[gelu](a_scale[m] * w_scale[n] * (q wᵀ)[m, n] + bias[n]) + residual -> (M, N) float32.
+                residual=None, bf16=False) -> np.ndarray:
+    """[gelu](a_scale[m] * w_scale[n] * (q wᵀ)[m, n] + bias[n]) + residual -> (M, N) float32, or if bf16 bfloat16, which
+    is uint16 for NumPy.
 
     q (M, K) int8, a_scale (M,), w_scale (N,), bias (N,) or None, residual (M, N) or None, all float32."""
     n, k = w.shape
@@ -234,9 +236,11 @@ def linear_int8(q: np.ndarray, a_scale: np.ndarray, w: PackedInt8, w_scale: np.n
     bias = _optional("bias", bias, (n,), F32)
     residual = _optional("residual", residual, (m, n), F32)
     if not _in_c(q):
-        return reference.linear_int8(q, a_scale, w.plain(), w_scale, bias, gelu, residual)
-    out = np.empty((m, n), F32)
-    _check(lib.mg_linear_int8(_floats(out), ffi.from_buffer(_BYTES, q), _floats(a_scale), w.pointer(),
+        y = reference.linear_int8(q, a_scale, w.plain(), w_scale, bias, gelu, residual)
+        return reference.to_bf16(y) if bf16 else y
+    out = np.empty((m, n), U16 if bf16 else F32)
+    targets = (ffi.NULL, ffi.from_buffer(_HALVES, out)) if bf16 else (_floats(out), ffi.NULL)
+    _check(lib.mg_linear_int8(*targets, ffi.from_buffer(_BYTES, q), _floats(a_scale), w.pointer(),
                               _floats(w_scale), _floats(bias), _floats(residual), gelu, m, n, k))
     return out
 
@@ -296,20 +300,25 @@ def _strided(name: str, x, shape: tuple, dtype: np.dtype) -> np.ndarray:
 
 def _view(x) -> tuple:
     """pointer, and the strides of batches and rows in elements."""
-    batch, row, _ = x.strides
-    return ffi.from_buffer(_FLOATS, x[0, 0]), batch // 4, row // 4
+    batch, row, size = x.strides
+    return ffi.from_buffer(_HALVES if size == 2 else _FLOATS, x[0, 0]), batch // size, row // size
 
 
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=False, gate=None) -> np.ndarray:
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=False, gate=None,
+              bf16=False) -> np.ndarray:
     """softmax(q kᵀ / sqrt(D / H)) v * gate, head by head -> (B, Tq, D), without a Tq x Tk matrix in memory.
 
     q (B, Tq, D); k, v (Bk, Tk, D), Bk divides B and row b attends to k[b // (B // Bk)]; all may be views with strides.
-    gate: None, (B, Tq, H) or (B, Tq, D). causal: query i sees keys j <= i + Tk - Tq, which needs Tq <= Tk."""
+    k and v may be bfloat16 (uint16 for NumPy) beside a q of float32.
+    gate: None, (B, Tq, H) or (B, Tq, D). causal: query i sees keys j <= i + Tk - Tq, which needs Tq <= Tk.
+    bf16: many queries may be multiplied in bfloat16 where the instruction set can, with float32 sums."""
     dtype = _float_type("q", q)
     q = _strided("q", q, q.shape if q.ndim == 3 else (None, None, None), dtype)
     n_batch, t_q, n_state = q.shape
-    k = _strided("k", k, (*k.shape[:2], n_state) if getattr(k, "ndim", 0) == 3 else (None, None, n_state), dtype)
-    v = _strided("v", v, k.shape, dtype)
+    half = dtype == F32 and getattr(k, "dtype", None) == U16
+    key_dtype = U16 if half else dtype
+    k = _strided("k", k, (*k.shape[:2], n_state) if getattr(k, "ndim", 0) == 3 else (None, None, n_state), key_dtype)
+    v = _strided("v", v, k.shape, key_dtype)
     k_batch, t_k, _ = k.shape
     if n_head < 1 or n_state % n_head:
         raise ValueError(f"n_head: expected a divisor of {n_state}, got {n_head}")
@@ -322,9 +331,11 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=F
         gate_width = n_state // n_head if gate.shape[-1] == n_state else 1
         gate = _array("gate", gate, (n_batch, t_q, n_head * gate_width), dtype)
     if not _in_c(q) or q.size == 0:
+        k, v = (reference.from_bf16(k), reference.from_bf16(v)) if half else (k, v)
         return reference.attention(q, k, v, n_head, causal, gate)
     out = np.empty((n_batch, t_q, n_state), F32)
     (q_data, *q_strides), (k_data, *k_strides), (v_data, *v_strides) = _view(q), _view(k), _view(v)
-    _check(lib.mg_attention(_floats(out), q_data, k_data, v_data, _floats(gate), *q_strides, *k_strides, *v_strides,
-                            gate_width, causal, n_batch, n_batch // k_batch, n_head, t_q, t_k, n_state // n_head))
+    _check(lib.mg_attention(_floats(out), q_data, k_data, v_data, half, _floats(gate), *q_strides, *k_strides,
+                            *v_strides, gate_width, causal, bf16, n_batch, n_batch // k_batch, n_head, t_q, t_k,
+                            n_state // n_head))
     return out

@@ -39,6 +39,8 @@ def conv_weight(matrix: np.ndarray) -> np.ndarray:
 class Float:
     """float32, through BLAS and the float kernels. float16 parameters are widened once, here."""
 
+    bf16 = False  # whether attention may multiply in bfloat16
+
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
         self.gate_kind = metadata["gate"]["kind"]
         self.gate_scale = metadata["gate"].get("scale", 1.0)
@@ -114,7 +116,7 @@ class Float:
     def attention(self, name: str, q, k, v, h, n_head: int, causal: bool) -> np.ndarray:
         """q h (B, T_q, D), k v (B or fewer, T_k, D) -> (B, T_q, D)."""
         g = gate(self.gate_kind, h, self.gates.get(name), n_head, self.gate_scale)
-        return kernels.attention(q, k, v, n_head, causal=causal, gate=g)
+        return kernels.attention(q, k, v, n_head, causal=causal, gate=g, bf16=self.bf16)
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """x (B, T, D) -> (B, T, V), through the token embedding."""

@@ -52,6 +52,18 @@ def linear_int8(q, a_scale, w, w_scale, bias=None, gelu=False, residual=None):
     return finish(y, bias, gelu, residual)
 
 
+def to_bf16(x):
+    """x float32 -> bfloat16, ties to even, as uint16; NaN stays NaN."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(x), bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+def from_bf16(half):
+    """bfloat16, as uint16 -> float32."""
+    return (half.astype(np.uint32) << 16).view(np.float32)
+
+
 def quantize_rows(x):
     """x (M, K) float32 -> q (M, K) int8, scale (M,) float32, x ≈ scale * q."""
     top = np.abs(x).max(axis=1, initial=0)

@@ -31,7 +31,7 @@ def rng():
 # ---- what is written, what is read ----
 
 def pointer(array):
-    kind = {"float32": "float *", "int32": "int32_t *", "int8": "int8_t *"}[array.dtype.name]
+    kind = {"float32": "float *", "int32": "int32_t *", "int8": "int8_t *", "uint16": "uint16_t *"}[array.dtype.name]
     return kernels.ffi.cast(kind, array.ctypes.data)
 
 
@@ -69,8 +69,8 @@ def test_products_keep_to_their_arrays(compiled_isa, shape, rng):
     out_room, out = guarded((m, n), np.float32)
     assert packed.ctypes.data % kernels.ALIGNMENT == 0
     assert lib.mg_matmul_int8(pointer(acc), pointer(a), pointer(packed), m, n, k) == lib.MG_OK
-    assert lib.mg_linear_int8(pointer(out), pointer(a), pointer(a_scale), pointer(packed), pointer(w_scale),
-                              pointer(bias), pointer(residual), True, m, n, k) == lib.MG_OK
+    assert lib.mg_linear_int8(pointer(out), kernels.ffi.NULL, pointer(a), pointer(a_scale), pointer(packed),
+                              pointer(w_scale), pointer(bias), pointer(residual), True, m, n, k) == lib.MG_OK
     assert unharmed(acc_room) and unharmed(out_room)
     assert np.array_equal(acc, reference.matmul_int8(a, w.plain()))
 
@@ -100,8 +100,8 @@ def test_attention_keeps_to_its_arrays(compiled_isa, t_q, d, rng):
     k, v = (at_page_end(floats(rng, t_k, n_head * d), keep) for _ in range(2))
     room, out = guarded((t_q, n_head * d), np.float32)
     row = n_head * d
-    status = lib.mg_attention(pointer(out), pointer(q), pointer(k), pointer(v), pointer(gate), 0, row, 0, row, 0, row,
-                              d, False, 1, 1, n_head, t_q, t_k, d)
+    status = lib.mg_attention(pointer(out), pointer(q), pointer(k), pointer(v), 0, pointer(gate), 0, row, 0, row, 0,
+                              row, d, False, False, 1, 1, n_head, t_q, t_k, d)
     assert status == lib.MG_OK and unharmed(room)
     close(out, exact_attention(q[None], k[None], v[None], n_head, False, gate[None])[0], 2 * ATTENTION_ERROR)
 
@@ -114,9 +114,9 @@ def test_the_extension_rejects_what_python_would_have_caught():
     assert lib.mg_pack_int8(pointer(packed), q, 1, 8) == lib.MG_BAD_VALUE
     assert lib.mg_set_threads(0) == lib.MG_BAD_VALUE
     assert lib.mg_use_isa(b"mmx") == lib.MG_BAD_ISA
-    sizes = dict(gate_width=1, causal=0, n_batch=2, group=1, n_head=1, t_q=2, t_k=2, d=2)
+    sizes = dict(gate_width=1, causal=0, bf16=0, n_batch=2, group=1, n_head=1, t_q=2, t_k=2, d=2)
     for change in ({"t_k": 0}, {"group": 0}, {"n_batch": 3, "group": 2}, {"t_q": 3, "causal": 1}, {"gate_width": 3}):
-        assert lib.mg_attention(x, x, x, x, x, *[0] * 6, *{**sizes, **change}.values()) == lib.MG_BAD_VALUE
+        assert lib.mg_attention(x, x, x, x, 0, x, *[0] * 6, *{**sizes, **change}.values()) == lib.MG_BAD_VALUE
 
 
 # ---- threads and processes ----

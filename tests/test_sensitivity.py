@@ -103,7 +103,7 @@ def test_schemes_without_points_have_layers_with_weights(tmp_path, scheme):
     judge = judged(tmp_path, scheme)
     assert judge.layers and set(judge.layers) == set(checkpoint.quantizable(judge.model.metadata["dims"]))
     whole, nothing = judge.costs([[], judge.layers])
-    assert nothing < 1e-6 < whole
+    assert nothing < 1e-5 < whole  # attention may be in bfloat16 even so
 
 
 def test_few_layers_meet_the_budget(tmp_path):

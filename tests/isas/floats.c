@@ -208,8 +208,8 @@ static void check_attention(const struct attention *c, float size, double error)
         q[i] *= size;
     for (int of_isa = 0; of_isa < 2; of_isa++) {
         use(of_isa ? isa : portable);
-        mg_attention(of_isa ? out : wanted, q, k, v, gate, c->t_q * row, row, c->t_k * row, row, c->t_k * row, row,
-                     c->gate_width, c->causal, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
+        mg_attention(of_isa ? out : wanted, q, k, v, 0, gate, c->t_q * row, row, c->t_k * row, row, c->t_k * row, row,
+                     c->gate_width, c->causal, 0, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
     }
     close_to(out, wanted, n_q * row, gate != NULL ? 3.5 * error : error, "queries, keys", n_q, n_k);
 }
