@@ -50,6 +50,10 @@ enum mg_status mg_linear_int8(float *out, uint16_t *half, const int8_t *a, const
                               const float *w_scale, const float *bias, const float *residual, int gelu,
                               size_t m, size_t n, size_t k);
 
+/* mg_linear_int8 without residual and then mg_quantize_rows: q (m,n), scale (m). */
+enum mg_status mg_linear_int8_rows(int8_t *q, float *scale, const int8_t *a, const float *a_scale, const int8_t *packed,
+                                   const float *w_scale, const float *bias, int gelu, size_t m, size_t n, size_t k);
+
 /* scale[i] = max_k |x[i][k]| / 127, q[i][k] = x[i][k] * (127 / max), rounded half to even.  A row whose maximum is below
    1e-30 counts as zero: q 0, scale 1.  x must be finite. */
 enum mg_status mg_quantize_rows(int8_t *q, float *scale, const float *x, size_t m, size_t k);
@@ -57,6 +61,10 @@ enum mg_status mg_quantize_rows(int8_t *q, float *scale, const float *x, size_t 
 /* out[i][j] = (x[i][j] - mean_i) / sqrt(variance_i + eps) * weight[j] + bias[j].  All (m,n) or (n); out may be x. */
 enum mg_status mg_layer_norm(float *out, const float *x, const float *weight, const float *bias, float eps,
                              size_t m, size_t n);
+
+/* mg_layer_norm, and mg_quantize_rows of its result; out may be NULL. */
+enum mg_status mg_layer_norm_rows(float *out, int8_t *q, float *scale, const float *x, const float *weight,
+                                  const float *bias, float eps, size_t m, size_t n);
 
 /* out[i][j] = [gelu](x[i][j] + bias[j]) + residual[i][j].  bias (n) and residual (m,n) may be NULL; out may be x or
    residual.  gelu(x) = x * Phi(x) within 5e-7. */

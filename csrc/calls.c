@@ -8,6 +8,7 @@
 enum {
     TILE_ROWS = 48,             /* rows of an integer product that share a pass over a panel */
     TILE_BYTES = 96 * 1024,     /* of weights in a tile: what is fetched between two looks at the task counter */
+    MANY_TILES = 8,             /* of rows: enough for all threads */
     FEW_PRODUCTS = 256 * 1024,  /* a few microseconds: not worth another thread */
     ROW_FLOATS = 16 * 1024      /* of a task of the elementwise kernels */
 };
@@ -26,9 +27,12 @@ int mg_get_scratch(struct mg_scratch *scratch, size_t bytes, size_t n_tasks)
 
 struct product {
     const struct mg_kernels *kernels;
-    int32_t *acc;               /* the result, or NULL: then half is, or NULL: then out is */
+    int32_t *acc;               /* the result: the one of these that is not NULL, else out */
     uint16_t *half;
+    int8_t *rows;               /* with row_scale, as mg_quantize_rows has them */
+    float *row_scale;
     struct mg_target out;
+    size_t out_row;             /* the row that begins there */
     struct mg_source residual;
     const int8_t *a, *panels;
     int32_t a_zero;
@@ -45,13 +49,15 @@ static void store_tile(const struct product *p, const int32_t *acc, size_t row, 
     size_t n = mg_min(MG_PANEL, p->n - column);
     for (size_t r = row; r < row + rows; r++, acc += MG_PANEL) {
         size_t at = r * p->n + column;
+        float wide[MG_PANEL];
+        struct mg_target out = mg_target_at(p->out, at - p->out_row * p->n);
         if (p->acc != NULL) {
             memcpy(p->acc + at, acc, n * sizeof *acc);
             continue;
         }
-        float wide[MG_PANEL];
         struct mg_finish f = {
-            .out = p->half != NULL ? (struct mg_target){.x = wide} : mg_target_at(p->out, at), .x = {.acc = acc, .scale = p->a_scale[r * p->a_scale_step]},
+            .out = p->half != NULL ? (struct mg_target){.x = wide} : out,
+            .x = {.acc = acc, .scale = p->a_scale[r * p->a_scale_step]},
             .residual = mg_source_at(p->residual, at), .factor = p->w_scale + column,
             .bias = p->bias != NULL ? p->bias + column : NULL, .gelu = p->gelu};
         p->kernels->finish(&f, n);
@@ -60,9 +66,15 @@ static void store_tile(const struct product *p, const int32_t *acc, size_t row, 
     }
 }
 
+static void quantize_some(const struct product *p, const float *x, size_t row, size_t rows)
+{
+    for (size_t r = row; r < row + rows; r++, x += p->n)
+        p->row_scale[r] = p->kernels->quantize_row(p->rows + r * p->n, x, p->n);
+}
+
 static void product_tile(void *context, size_t i, size_t worker)
 {
-    const struct product *p = context;
+    struct product own = *(const struct product *)context, *p = &own;
     const struct mg_kernels *kernels = p->kernels;
     size_t k4 = mg_round_up(p->k, 4), row0 = i / p->column_tiles * TILE_ROWS;
     size_t rows = mg_min(TILE_ROWS, p->m - row0);
@@ -70,6 +82,10 @@ static void product_tile(void *context, size_t i, size_t worker)
     size_t panel1 = mg_min(panel0 + p->tile_panels, mg_round_up(p->n, MG_PANEL) / MG_PANEL);
     int32_t *acc = mg_scratch_of(&p->scratch, worker);
     int8_t *a = (int8_t *)(acc + kernels->max_rows * MG_PANEL);
+    if (p->rows != NULL) {
+        p->out.x = (float *)(a + mg_round_up(TILE_ROWS * k4, 64));
+        p->out_row = row0;
+    }
     kernels->pack_rows(a, p->a + row0 * p->k, rows, p->k);
     for (size_t panel = panel0; panel < panel1; panel++) {
         int32_t start[MG_PANEL];
@@ -81,13 +97,15 @@ static void product_tile(void *context, size_t i, size_t worker)
             store_tile(p, acc, row0 + r, some, panel * MG_PANEL);
         }
     }
+    if (p->rows != NULL)
+        quantize_some(p, p->out.x, row0, rows);
 }
 
-/* Panels of a tile: all if there are enough rows to share, or too little work; else about a quarter of them, few enough
-   to be fetched in one go. */
+/* Panels of a tile: all if there are enough rows to share, or too little work, or whole rows are wanted; else about a
+   quarter of them, few enough to be fetched in one go. */
 static size_t tile_panels(const struct product *p, size_t row_tiles, size_t panels)
 {
-    if (row_tiles > 8 || p->m * p->n * p->k <= FEW_PRODUCTS)
+    if (p->rows != NULL || row_tiles > MANY_TILES || p->m * p->n * p->k <= FEW_PRODUCTS)
         return mg_max(panels, 1);
     return mg_max(1, mg_min(TILE_BYTES / (MG_PANEL * mg_round_up(p->k, 4)), panels / 4));
 }
@@ -104,7 +122,9 @@ static enum mg_status run_product(struct product *p, const int8_t *packed)
     p->tile_panels = tile_panels(p, row_tiles, panels);
     p->column_tiles = (panels + p->tile_panels - 1) / p->tile_panels;
     size_t n_tasks = row_tiles * p->column_tiles;
-    size_t bytes = p->kernels->max_rows * MG_PANEL * sizeof(int32_t) + TILE_ROWS * k4;
+    size_t bytes = p->kernels->max_rows * MG_PANEL * sizeof(int32_t) + mg_round_up(TILE_ROWS * k4, 64);
+    if (p->rows != NULL)
+        bytes += TILE_ROWS * p->n * sizeof(float);
     if (!mg_get_scratch(&p->scratch, bytes, n_tasks))
         return MG_NO_MEMORY;
     mg_run(product_tile, p, n_tasks, p->scratch.n_workers);
@@ -125,6 +145,23 @@ enum mg_status mg_linear_int8(float *out, uint16_t *half, const int8_t *a, const
     struct product p = {.half = half, .out = {.x = out}, .a = a, .a_scale = a_scale, .a_scale_step = 1, .w_scale = w_scale,
                         .bias = bias, .residual = {.x = residual}, .gelu = gelu, .m = m, .n = n, .k = k};
     return run_product(&p, packed);
+}
+
+enum mg_status mg_linear_int8_rows(int8_t *q, float *scale, const int8_t *a, const float *a_scale, const int8_t *packed,
+                                   const float *w_scale, const float *bias, int gelu, size_t m, size_t n, size_t k)
+{
+    struct product p = {.rows = q, .row_scale = scale, .a = a, .a_scale = a_scale, .a_scale_step = 1,
+                        .w_scale = w_scale, .bias = bias, .gelu = gelu, .m = m, .n = n, .k = k};
+    if (m > MANY_TILES * TILE_ROWS)
+        return run_product(&p, packed);
+    float *x = malloc(mg_max(1, m * n * sizeof *x));    /* few rows: threads share their columns */
+    if (x == NULL)
+        return MG_NO_MEMORY;
+    enum mg_status status = mg_linear_int8(x, NULL, a, a_scale, packed, w_scale, bias, NULL, gelu, m, n, k);
+    if (status == MG_OK)
+        status = mg_quantize_rows(q, scale, x, m, n);
+    free(x);
+    return status;
 }
 
 enum mg_status mg_linear_static(const struct mg_tensor *out, const struct mg_tensor *a, const int8_t *packed,
@@ -190,8 +227,22 @@ enum mg_status mg_quantize_rows(int8_t *q, float *scale, const float *x, size_t 
 static void layer_norm_one(const struct rows *job, size_t i, float *room)
 {
     size_t at = i * job->n;
-    (void)room;
-    job->kernels->layer_norm_row(job->out.x + at, job->x.x + at, job->weight, job->bias, job->eps, job->n);
+    float *out = job->out.x != NULL ? job->out.x + at : room;
+    job->kernels->layer_norm_row(out, job->x.x + at, job->weight, job->bias, job->eps, job->n);
+    if (job->q != NULL)
+        job->scale[i] = job->kernels->quantize_row(job->q + at, out, job->n);
+}
+
+enum mg_status mg_layer_norm_rows(float *out, int8_t *q, float *scale, const float *x, const float *weight,
+                                  const float *bias, float eps, size_t m, size_t n)
+{
+    struct rows job = {.row = layer_norm_one, .q = q, .scale = scale, .out = {.x = out}, .x = {.x = x},
+                       .weight = weight, .bias = bias, .eps = eps, .m = m, .n = n};
+    if (out == NULL && !mg_get_scratch(&job.scratch, n * sizeof(float), m))
+        return MG_NO_MEMORY;
+    enum mg_status status = run_rows(&job);
+    free(job.scratch.data);
+    return status;
 }
 
 enum mg_status mg_layer_norm(float *out, const float *x, const float *weight, const float *bias, float eps,

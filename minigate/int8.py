@@ -22,8 +22,8 @@ TILE = 128 * 1024  # weights that are in memory as float32 at a time, 512 kB
 class Rows(NamedTuple):
     """A float activation and its int8 form, so that several linears quantize it once."""
 
-    x: np.ndarray  # (B, T, K) float32
-    q: np.ndarray  # (M, K) int8
+    x: np.ndarray | None  # (B, T, K) float32; None where nobody wants it
+    q: np.ndarray  # (B, T, K) int8
     scale: np.ndarray  # (M,) float32
 
 
@@ -66,24 +66,31 @@ class Dynamic(Int8Weights):
     bf16 = True
 
     def norm(self, name: str, x: np.ndarray) -> Rows:
-        return self.rows(super().norm(name, x))
+        if name == "decoder.ln" and self.turns(name):
+            return self.rows(super().norm(name, x))
+        return Rows(*kernels.layer_norm_rows(x, self.p[f"{name}.weight"], self.p[f"{name}.bias"]))
 
     def rows(self, x: np.ndarray) -> Rows:
-        return Rows(x, *kernels.quantize_rows(x.reshape(-1, x.shape[-1])))
+        q, scale = kernels.quantize_rows(x.reshape(-1, x.shape[-1]))
+        return Rows(x, q.reshape(x.shape), scale)
 
     def values(self, x: Rows) -> np.ndarray:
         return x.x
 
-    def linear(self, name: str, x, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
-        w = self.p[f"{name}.weight"]
+    def linear(self, name: str, x, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray | Rows:
+        """As `ops.Float.linear`; Rows from the first linear of an MLP, whose result only the second reads."""
+        w, bias = self.p[f"{name}.weight"], self.p.get(f"{name}.bias")
         if not isinstance(w, Weight):
             y = super().linear(name, x.x if isinstance(x, Rows) else x, gelu, residual)
             return reference.to_bf16(y) if name.endswith(CROSS) else y
         rows = x if isinstance(x, Rows) else self.rows(x)
+        (*shape, k), product = rows.q.shape, (rows.scale, w.packed, w.scale, bias, gelu)
+        if residual is None and name.endswith(".mlp.0") and isinstance(self.p[f"{name[:-1]}2.weight"], Weight):
+            q, scale = kernels.linear_int8_rows(rows.q.reshape(-1, k), *product)
+            return Rows(None, q.reshape(*shape, -1), scale)
         flat = None if residual is None else residual.reshape(-1, residual.shape[-1])
-        bf16 = name.endswith(CROSS)
-        y = kernels.linear_int8(rows.q, rows.scale, w.packed, w.scale, self.p.get(f"{name}.bias"), gelu, flat, bf16)
-        return y.reshape(*rows.x.shape[:-1], -1)
+        y = kernels.linear_int8(rows.q.reshape(-1, k), *product, flat, bf16=name.endswith(CROSS))
+        return y.reshape(*shape, -1)
 
     def attention(self, name: str, q, k, v, h: Rows, n_head: int, causal: bool) -> np.ndarray:
         return super().attention(name, q, k, v, h.x, n_head, causal)

@@ -245,6 +245,22 @@ def linear_int8(q: np.ndarray, a_scale: np.ndarray, w: PackedInt8, w_scale: np.n
     return out
 
 
+def linear_int8_rows(q: np.ndarray, a_scale: np.ndarray, w: PackedInt8, w_scale: np.ndarray, bias=None,
+                     gelu=False) -> tuple[np.ndarray, np.ndarray]:
+    """quantize_rows of linear_int8, of which the floats are never in memory as a whole -> (M, N) int8, (M,) float32."""
+    n, k = w.shape
+    q = _matrix("q", q, k, I8)
+    m = q.shape[0]
+    a_scale, w_scale = _array("a_scale", a_scale, (m,), F32), _array("w_scale", w_scale, (n,), F32)
+    bias = _optional("bias", bias, (n,), F32)
+    if not _in_c(q):
+        return reference.quantize_rows(reference.linear_int8(q, a_scale, w.plain(), w_scale, bias, gelu))
+    out, scale = np.empty((m, n), I8), np.empty(m, F32)
+    _check(lib.mg_linear_int8_rows(ffi.from_buffer(_BYTES, out), _floats(scale), ffi.from_buffer(_BYTES, q),
+                                   _floats(a_scale), w.pointer(), _floats(w_scale), _floats(bias), gelu, m, n, k))
+    return out, scale
+
+
 # ---- floats ----
 
 def linear_f32(x: np.ndarray, w: np.ndarray, bias=None, gelu=False, residual=None) -> np.ndarray:
@@ -287,6 +303,22 @@ def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float =
     y = np.empty(x.shape, F32)
     _check(lib.mg_layer_norm(_floats(y), _floats(x), _floats(weight), _floats(bias), eps, x.size // n if n else 0, n))
     return y
+
+
+def layer_norm_rows(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float = 1e-5) -> tuple[np.ndarray, ...]:
+    """layer_norm and quantize_rows of it. x (..., D) float32 -> (..., D) float32, (..., D) int8, (M,) float32."""
+    x = _array("x", x, x.shape, F32)
+    n = x.shape[-1]
+    weight, bias = _array("weight", weight, (n,), F32), _array("bias", bias, (n,), F32)
+    if not _in_c(x):
+        y = reference.layer_norm(x, weight, bias, eps)
+        q, scale = reference.quantize_rows(y.reshape(-1, n))
+        return y, q.reshape(x.shape), scale
+    m = x.size // n if n else 0
+    y, q, scale = np.empty(x.shape, F32), np.empty(x.shape, I8), np.empty(m, F32)
+    _check(lib.mg_layer_norm_rows(_floats(y), ffi.from_buffer(_BYTES, q), _floats(scale), _floats(x), _floats(weight),
+                                  _floats(bias), eps, m, n))
+    return y, q, scale
 
 
 def _strided(name: str, x, shape: tuple, dtype: np.dtype) -> np.ndarray:

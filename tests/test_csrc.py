@@ -58,7 +58,7 @@ def unharmed(room):
     return (room[:GUARD] == 93).all() and (room[-GUARD:] == 93).all()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 63, 31), (7, 65, 65), (2, 1, 127), (13, 130, 18)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 63, 31), (7, 65, 65), (2, 1, 127), (13, 130, 18), (390, 66, 5)])
 def test_products_keep_to_their_arrays(compiled_isa, shape, rng):
     (m, n, k), lib, keep = shape, kernels.lib, []
     a, w = (at_page_end(int8s(rng, "random", rows, k), keep) for rows in (m, n))
@@ -71,7 +71,11 @@ def test_products_keep_to_their_arrays(compiled_isa, shape, rng):
     assert lib.mg_matmul_int8(pointer(acc), pointer(a), pointer(packed), m, n, k) == lib.MG_OK
     assert lib.mg_linear_int8(pointer(out), kernels.ffi.NULL, pointer(a), pointer(a_scale), pointer(packed),
                               pointer(w_scale), pointer(bias), pointer(residual), True, m, n, k) == lib.MG_OK
-    assert unharmed(acc_room) and unharmed(out_room)
+    rows_room, rows = guarded((m, n), np.int8)
+    scale_room, scale = guarded((m,), np.float32)
+    assert lib.mg_linear_int8_rows(pointer(rows), pointer(scale), pointer(a), pointer(a_scale), pointer(packed),
+                                   pointer(w_scale), pointer(bias), True, m, n, k) == lib.MG_OK
+    assert unharmed(acc_room) and unharmed(out_room) and unharmed(rows_room) and unharmed(scale_room)
     assert np.array_equal(acc, reference.matmul_int8(a, w.plain()))
 
 

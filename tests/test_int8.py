@@ -12,6 +12,7 @@ from tests.toy import DIMS, toy_model
 RTOL = 2e-6  # float32 rounding of scale * integer
 D = DIMS["n_audio_state"]
 LINEAR, CONV, EMBEDDING = "encoder.blocks.0.mlp.0", "encoder.conv2", "decoder.token_embedding"
+OUT = "encoder.blocks.0.attn.out"
 
 
 def quantized(weights, keep_float=()):
@@ -54,9 +55,14 @@ def test_linear_is_its_formula(weights):
     _, tensors, dynamic = quantized(weights)
     x, residual = activation(), activation(1, (2, 5, 4 * D))
     y = rounded(x.astype(np.float64)) @ weight(tensors, LINEAR).T + tensors[f"{LINEAR}.bias"]
-    close(dynamic.linear(LINEAR, x), y)
-    close(dynamic.linear(LINEAR, dynamic.rows(x)), y)
-    close(dynamic.linear(LINEAR, x, residual=residual), y + residual)
+    close(dynamic.linear(OUT, x), rounded(x.astype(np.float64)) @ weight(tensors, OUT).T + tensors[f"{OUT}.bias"])
+    for form in (x, dynamic.rows(x)):
+        close(dynamic.linear(LINEAR, form, residual=residual), y + residual)
+        got = dynamic.linear(LINEAR, form)  # rows in int8 for the MLP's second linear
+        assert got.x is None
+        scale = got.scale.reshape(2, 5, 1)
+        close(scale, np.abs(y).max(-1, keepdims=True) / 127)
+        assert (np.abs(got.q * scale - y) <= 0.501 * scale).all()
 
 
 @pytest.mark.parametrize("weights", ["per-channel", "per-tensor"])
@@ -92,6 +98,11 @@ def test_a_layer_kept_in_float_computes_as_float(layer):
         np.testing.assert_array_equal(dynamic.logits(x), plain.logits(x))
     else:
         np.testing.assert_array_equal(dynamic.linear(layer, dynamic.rows(x)), plain.linear(layer, x))
+
+
+def test_an_mlp_whose_second_linear_is_float_has_floats_between():
+    _, _, dynamic = quantized("per-channel", {LINEAR.removesuffix("0") + "2"})
+    assert isinstance(dynamic.linear(LINEAR, activation()), np.ndarray)
 
 
 # --- w8 ---

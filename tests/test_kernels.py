@@ -90,6 +90,27 @@ def test_quantize_rows_equals_numpy(isa, rng):
         close(q * scale[:, None], x, np.abs(x).max() / 127)
 
 
+@pytest.mark.parametrize("shape", [(1, 130, 40), (7, 64, 64), (385, 70, 30), (432, 1, 4), (433, 129, 8), (0, 3, 4)])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_linear_int8_rows_quantizes_the_rows_of_linear_int8(isa, shape, gelu, rng):
+    m, n, k = shape     # more than 384 rows are quantized tile by tile
+    q, a_scale = int8s(rng, "random", m, k), rng.uniform(1e-3, 2e-3, m).astype("f")
+    w, w_scale = kernels.pack_int8(weights(rng, "random", n, k)), rng.uniform(1e-3, 2e-3, n).astype("f")
+    others = w, w_scale, floats(rng, n), gelu
+    wanted_q, wanted_scale = kernels.quantize_rows(kernels.linear_int8(q, a_scale, *others))
+    got_q, got_scale = kernels.linear_int8_rows(q, a_scale, *others)
+    assert np.array_equal(got_q, wanted_q) and np.array_equal(got_scale, wanted_scale)
+
+
+def test_layer_norm_rows_is_layer_norm_and_quantize_rows(isa, rng):
+    for n in SIZES:
+        x, weight, bias = floats(rng, 2, 5, n), floats(rng, n), floats(rng, n)
+        y, q, scale = kernels.layer_norm_rows(x, weight, bias)
+        assert np.array_equal(y, kernels.layer_norm(x, weight, bias))
+        wanted_q, wanted_scale = kernels.quantize_rows(y.reshape(-1, n))
+        assert np.array_equal(q, wanted_q.reshape(x.shape)) and np.array_equal(scale, wanted_scale)
+
+
 def test_quantize_rows_rounds_half_to_even(isa):
     x = np.array([[127, -127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 3.49]], np.float32)
     q, scale = kernels.quantize_rows(x)
