@@ -35,6 +35,12 @@ int mg_feature(size_t i);
 enum mg_status mg_set_threads(size_t n);
 size_t mg_threads(void);
 
+/* Memory of a large array, 64 bytes beyond a page's beginning, not cleared; NULL if there is none.  mg_give_memory keeps
+   16 MB for the arrays to come; mg_release_memory gives them back to the system. */
+void *mg_take_memory(size_t bytes);
+void mg_give_memory(void *array);
+void mg_release_memory(void);
+
 /* Packs w (n,k) s8 in [-127,127] for the products below; packed holds mg_packed_bytes(n,k) bytes on a 64 byte boundary.
    MG_BAD_VALUE: an element is -128, or k > 131072. */
 size_t mg_packed_bytes(size_t n, size_t k);

@@ -38,6 +38,36 @@ static size_t seen_by(const struct attention *job, size_t index)
     return job->causal ? index % job->t_q + 1 + job->t_k - job->t_q : job->t_k;
 }
 
+static const void *element(const struct attention *job, const void *x, size_t i)
+{
+    return (const char *)x + i * (job->half ? sizeof(uint16_t) : sizeof(float));
+}
+
+static void widen(float *out, const uint16_t *x, size_t x_row, size_t rows, size_t n)
+{
+    for (size_t r = 0; r < rows; r++, out += n, x += x_row)
+        for (size_t i = 0; i < n; i++)
+            out[i] = mg_from_bf16(x[i]);
+}
+
+static size_t widened_floats(const struct attention *job)
+{
+    return job->half ? mg_round_up(2 * job->t_k * job->d, 16) : 0;
+}
+
+/* The keys and values of a block as floats, in room for those of a head. */
+static void widen_block(const struct attention *job, struct mg_attention_block *block, size_t batch, size_t head,
+                        float *room)
+{
+    const uint16_t *k = job->k, *v = job->v;
+    float *values = room + job->t_k * job->d;
+    widen(room, k + batch * job->k_batch + head * job->d, job->k_row, job->t_k, job->d);
+    widen(values, v + batch * job->v_batch + head * job->d, job->v_row, job->t_k, job->d);
+    block->k = room;
+    block->v = values;
+    block->k_row = block->v_row = job->d;
+}
+
 static void attend_block(void *context, size_t task, size_t worker)
 {
     const struct attention *job = context;
@@ -61,10 +91,15 @@ static void attend_block(void *context, size_t task, size_t worker)
         if (job->gate != NULL)
             gate[i] = job->gate + at * job->gate_width;
     }
+    float *scratch = mg_scratch_of(&job->scratch, worker);
+    if (job->half) {
+        widen_block(job, &block, batch, head, scratch);
+        scratch += widened_floats(job);
+    }
     if (job->bf16 != NULL)
-        job->bf16->attend(job->bf16, &block, mg_scratch_of(&job->scratch, worker));
+        job->bf16->attend(job->bf16, &block, (uint32_t *)scratch);
     else
-        job->kernels->attend(&block, mg_scratch_of(&job->scratch, worker));
+        job->kernels->attend(&block, scratch);
 }
 
 static enum mg_status attend_many(struct attention *job, size_t n_shared)
@@ -73,23 +108,11 @@ static enum mg_status attend_many(struct attention *job, size_t n_shared)
     job->block = job->bf16 != NULL ? MG_BF16_QUERIES : job->kernels->max_queries;
     job->parts = (job->n_query + job->block - 1) / job->block;
     size_t n_tasks = n_shared * job->n_head * job->parts;
-    if (!mg_get_scratch(&job->scratch, floats * sizeof(float), n_tasks))
+    if (!mg_get_scratch(&job->scratch, (widened_floats(job) + floats) * sizeof(float), n_tasks))
         return MG_NO_MEMORY;
     mg_run(attend_block, job, n_tasks, job->scratch.n_workers);
-    free(job->scratch.data);
+    mg_free_scratch(&job->scratch);
     return MG_OK;
-}
-
-static const void *element(const struct attention *job, const void *x, size_t i)
-{
-    return (const char *)x + i * (job->half ? sizeof(uint16_t) : sizeof(float));
-}
-
-static void widen(float *out, const uint16_t *x, size_t x_row, size_t rows, size_t n)
-{
-    for (size_t r = 0; r < rows; r++, out += n, x += x_row)
-        for (size_t i = 0; i < n; i++)
-            out[i] = mg_from_bf16(x[i]);
 }
 
 /* The keys and values of a range as floats, in room for RANGE_KEYS of each.  Keys are counted from the first one. */
@@ -171,30 +194,9 @@ static enum mg_status attend_few(struct attention *job, size_t n_shared)
     }
     mg_run(attend_range, job, n_shared * job->parts, job->scratch.n_workers);
     mg_run(merge_ranges, job, n_shared * job->n_query, MG_MAX_THREADS);
-    free(job->scratch.data);
+    mg_free_scratch(&job->scratch);
     free(job->top);
     return MG_OK;
-}
-
-/* Many queries of keys and values in bfloat16, which become floats at first. */
-static enum mg_status attend_widened(struct attention *job, size_t n_shared)
-{
-    size_t n = job->n_head * job->d, floats = n_shared * job->t_k * n;
-    float *k = malloc(mg_max(1, 2 * floats) * sizeof *k), *v = k + floats;
-    if (k == NULL)
-        return MG_NO_MEMORY;
-    for (size_t i = 0; i < n_shared; i++) {
-        widen(k + i * job->t_k * n, (const uint16_t *)job->k + i * job->k_batch, job->k_row, job->t_k, n);
-        widen(v + i * job->t_k * n, (const uint16_t *)job->v + i * job->v_batch, job->v_row, job->t_k, n);
-    }
-    job->k = k;
-    job->v = v;
-    job->half = 0;
-    job->k_row = job->v_row = n;
-    job->k_batch = job->v_batch = job->t_k * n;
-    enum mg_status status = attend_many(job, n_shared);
-    free(k);
-    return status;
 }
 
 enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, int half, const float *gate,
@@ -214,7 +216,7 @@ enum mg_status mg_attention(float *out, const float *q, const void *k, const voi
         return MG_OK;
     if (job.n_query <= job.kernels->few_queries)
         return attend_few(&job, n_batch / group);
-    return half ? attend_widened(&job, n_batch / group) : attend_many(&job, n_batch / group);
+    return attend_many(&job, n_batch / group);
 }
 
 /* ---- training ---- */
@@ -282,6 +284,6 @@ enum mg_status mg_attention_backward(float *dq, float *dk, float *dv, const floa
     if (!mg_get_scratch(&job.scratch, words * sizeof(float), n_batch * n_head))
         return MG_NO_MEMORY;
     mg_run(backward_head, &job, n_batch * n_head, job.scratch.n_workers);
-    free(job.scratch.data);
+    mg_free_scratch(&job.scratch);
     return MG_OK;
 }

@@ -15,12 +15,16 @@ enum {
 
 int mg_get_scratch(struct mg_scratch *scratch, size_t bytes, size_t n_tasks)
 {
-    void *data = NULL;
     scratch->bytes = mg_round_up(bytes, 64);
     scratch->n_workers = mg_max(1, mg_min(mg_threads(), n_tasks));
-    int failed = posix_memalign(&data, 64, scratch->bytes * scratch->n_workers);
-    scratch->data = data;
-    return !failed;
+    scratch->data = mg_take_memory(scratch->bytes * scratch->n_workers);
+    return scratch->data != NULL;
+}
+
+void mg_free_scratch(struct mg_scratch *scratch)
+{
+    if (scratch->data != NULL)
+        mg_give_memory(scratch->data);
 }
 
 /* ---- integer products ---- */
@@ -128,7 +132,7 @@ static enum mg_status run_product(struct product *p, const int8_t *packed)
     if (!mg_get_scratch(&p->scratch, bytes, n_tasks))
         return MG_NO_MEMORY;
     mg_run(product_tile, p, n_tasks, p->scratch.n_workers);
-    free(p->scratch.data);
+    mg_free_scratch(&p->scratch);
     return MG_OK;
 }
 
@@ -241,7 +245,7 @@ enum mg_status mg_layer_norm_rows(float *out, int8_t *q, float *scale, const flo
     if (out == NULL && !mg_get_scratch(&job.scratch, n * sizeof(float), m))
         return MG_NO_MEMORY;
     enum mg_status status = run_rows(&job);
-    free(job.scratch.data);
+    mg_free_scratch(&job.scratch);
     return status;
 }
 
@@ -274,7 +278,7 @@ enum mg_status mg_layer_norm_static(const struct mg_tensor *out, const struct mg
     if (!mg_get_scratch(&job.scratch, n * sizeof(float), m))
         return MG_NO_MEMORY;
     enum mg_status status = run_rows(&job);
-    free(job.scratch.data);
+    mg_free_scratch(&job.scratch);
     return status;
 }
 

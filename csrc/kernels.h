@@ -240,12 +240,13 @@ const struct mg_bf16 *mg_bf16(void);    /* NULL where the instruction set in use
 typedef void (*mg_task)(void *context, size_t i, size_t worker);
 void mg_run(mg_task task, void *context, size_t n_tasks, size_t n_workers);
 
-/* Scratch memory: bytes for each of n_workers, on 64 byte boundaries; free(data) after use. */
+/* Scratch memory: bytes for each of n_workers, on 64 byte boundaries. */
 struct mg_scratch {
     char *data;
     size_t bytes, n_workers;
 };
 int mg_get_scratch(struct mg_scratch *scratch, size_t bytes, size_t n_tasks);   /* -> whether there is enough */
+void mg_free_scratch(struct mg_scratch *scratch);
 MG_INLINE void *mg_scratch_of(const struct mg_scratch *scratch, size_t worker)
 {
     return scratch->data + scratch->bytes * worker;

@@ -3,8 +3,6 @@
    depend on the number of threads, and neither does a sum's order. */
 #include "kernels.h"
 
-#include <stdlib.h>
-
 enum { OWN = 96, BLOCK = 384 };         /* rows of a task's operand; elements along k of a block */
 
 struct operand {
@@ -83,7 +81,6 @@ enum mg_status mg_product_bf16(float *c, const float *a, const float *b, const f
 {
     struct product p = {.kernels = mg_bf16(), .c = c, .bias = bias, .a = {a, a_row, a_column, m},
                         .b = {b, b_row, b_column, n}, .n = n, .k = k};
-    void *packed = NULL;
     if (p.kernels == NULL)
         return MG_BAD_ISA;
     if ((a_row != 1 && a_column != 1) || (b_row != 1 && b_column != 1))
@@ -96,16 +93,16 @@ enum mg_status mg_product_bf16(float *c, const float *a, const float *b, const f
     p.block = mg_round_up(mg_max(1, (k + p.blocks - 1) / p.blocks), 2);
     p.panels = (p.shared->rows + 15) / 16;
     size_t n_tasks = (p.own->rows + OWN - 1) / OWN, panel_bytes = stride_of(&p) * sizeof(uint32_t);
-    if (posix_memalign(&packed, 64, p.blocks * p.panels * panel_bytes) != 0)
+    p.packed = mg_take_memory(p.blocks * p.panels * panel_bytes);
+    if (p.packed == NULL)
         return MG_NO_MEMORY;
-    p.packed = packed;
     if (!mg_get_scratch(&p.scratch, OWN / 16 * panel_bytes, n_tasks)) {
-        free(packed);
+        mg_give_memory(p.packed);
         return MG_NO_MEMORY;
     }
     mg_run(pack_shared, &p, p.blocks * ((p.shared->rows + OWN - 1) / OWN), MG_MAX_THREADS);
     mg_run(multiply_own, &p, n_tasks, p.scratch.n_workers);
-    free(p.scratch.data);
-    free(packed);
+    mg_free_scratch(&p.scratch);
+    mg_give_memory(p.packed);
     return MG_OK;
 }

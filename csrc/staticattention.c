@@ -8,7 +8,6 @@
 #include "kernels.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 enum { TILE = 48 };             /* queries of a task */
@@ -233,7 +232,7 @@ static enum mg_status run(struct attention *job, size_t n_heads)
     if (job->packed != NULL)
         mg_run(pack_some, job, n_heads * job->panels, MG_MAX_THREADS);
     mg_run(attend_tile, job, n_tasks, job->scratch.n_workers);
-    free(job->scratch.data);
+    mg_free_scratch(&job->scratch);
     return MG_OK;
 }
 
@@ -247,12 +246,11 @@ static enum mg_status plan_and_run(struct attention *job, size_t n_shared)
     job->head_bytes = job->panels * (key_bytes(job) + MG_PANEL * sizeof(int32_t)) + job->sum_panels * value_bytes(job);
     if (job->n_query <= job->kernels->int8->few_queries)
         return run(job, n_shared * job->n_head);
-    void *packed = NULL;
-    if (posix_memalign(&packed, 64, n_shared * job->n_head * job->head_bytes))
+    job->packed = mg_take_memory(n_shared * job->n_head * job->head_bytes);
+    if (job->packed == NULL)
         return MG_NO_MEMORY;
-    job->packed = packed;
     enum mg_status status = run(job, n_shared * job->n_head);
-    free(packed);
+    mg_give_memory(job->packed);
     return status;
 }
 

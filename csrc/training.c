@@ -107,7 +107,7 @@ enum mg_status mg_logit_losses(float *dlogits, double *values, const float *logi
     if (!mg_get_scratch(&rows.scratch, 2 * n * sizeof(float), m))
         return MG_NO_MEMORY;
     mg_run(logit_row, &rows, m, rows.scratch.n_workers);
-    free(rows.scratch.data);
+    mg_free_scratch(&rows.scratch);
     return MG_OK;
 }
 

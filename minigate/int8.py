@@ -1,8 +1,8 @@
 """The coarse operators of `model.py` on int8 weights, w ≈ scale * q with a scale per channel or per tensor.
 
 `Dynamic` is the scheme `w8a8-dynamic`: activations symmetric int8 with a scale per row, found at run time; products
-exact in int32. Layer norm and GELU are float32, and so is attention, but that the encoder's keys and values for the
-decoder are stored in bfloat16, and that many queries are multiplied in it where the instruction set can. `WeightOnly`
+exact in int32. Layer norm and GELU are float32, and so is attention, but that the decoder's keys and values are stored
+in bfloat16, and that many queries are multiplied in it where the instruction set can. `WeightOnly`
 is the scheme `w8`: activations float32, weights expanded to float32 tile by tile. `w8a8-static` is in static.py.
 
 B batch, T time, K inputs, N outputs, M = B T rows.
@@ -15,7 +15,12 @@ import numpy as np
 
 from minigate import kernels, ops, reference, static_kernels
 
-CROSS = (".cross_attn.key", ".cross_attn.value")  # read anew for each token, from memory: bfloat16 halves that
+
+def is_cached(name: str) -> bool:
+    """Whether a linear makes keys or values that the decoder keeps and reads anew for each token: bfloat16 halves what
+    they take of memory and of its bandwidth."""
+    return name.startswith("decoder.") and name.endswith((".key", ".value"))
+
 TILE = 128 * 1024  # weights that are in memory as float32 at a time, 512 kB
 
 
@@ -38,9 +43,14 @@ class Weight(NamedTuple):
 class Int8Weights(ops.Float):
     """What is int8 in the model file is a Weight, what is float stays float."""
 
+    packs = True
+
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
-        self.scales = {name.removesuffix(".scale"): array for name, array in tensors.items() if name.endswith(".scale")}
-        super().__init__(metadata, {name: array for name, array in tensors.items() if not name.endswith(".scale")})
+        self.scales = {name.removesuffix(".scale"): tensors[name] for name in tensors if name.endswith(".scale")}
+        super().__init__(metadata, tensors)
+
+    def is_parameter(self, name: str) -> bool:
+        return super().is_parameter(name) and not name.endswith(".scale")
 
     def prepare(self, name: str, array: np.ndarray):
         if array.dtype != np.int8:
@@ -74,22 +84,24 @@ class Dynamic(Int8Weights):
         q, scale = kernels.quantize_rows(x.reshape(-1, x.shape[-1]))
         return Rows(x, q.reshape(x.shape), scale)
 
-    def values(self, x: Rows) -> np.ndarray:
+    def values(self, x: Rows | np.ndarray) -> np.ndarray:
+        if isinstance(x, np.ndarray):  # keys and values
+            return reference.from_bf16(x) if x.dtype == np.uint16 else x
         return x.x
 
     def linear(self, name: str, x, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray | Rows:
-        """As `ops.Float.linear`; Rows from the first linear of an MLP, whose result only the second reads."""
+        """As `ops.Float.linear`; Rows from an MLP's first linear and GELU, whose result only the second reads."""
         w, bias = self.p[f"{name}.weight"], self.p.get(f"{name}.bias")
         if not isinstance(w, Weight):
             y = super().linear(name, x.x if isinstance(x, Rows) else x, gelu, residual)
-            return reference.to_bf16(y) if name.endswith(CROSS) else y
+            return reference.to_bf16(y) if is_cached(name) else y
         rows = x if isinstance(x, Rows) else self.rows(x)
         (*shape, k), product = rows.q.shape, (rows.scale, w.packed, w.scale, bias, gelu)
-        if residual is None and name.endswith(".mlp.0") and isinstance(self.p[f"{name[:-1]}2.weight"], Weight):
+        if gelu and residual is None and name.endswith(".mlp.0") and isinstance(self.p[f"{name[:-1]}2.weight"], Weight):
             q, scale = kernels.linear_int8_rows(rows.q.reshape(-1, k), *product)
             return Rows(None, q.reshape(*shape, -1), scale)
         flat = None if residual is None else residual.reshape(-1, residual.shape[-1])
-        y = kernels.linear_int8(rows.q.reshape(-1, k), *product, flat, bf16=name.endswith(CROSS))
+        y = kernels.linear_int8(rows.q.reshape(-1, k), *product, flat, bf16=is_cached(name))
         return y.reshape(*shape, -1)
 
     def attention(self, name: str, q, k, v, h: Rows, n_head: int, causal: bool) -> np.ndarray:
@@ -98,6 +110,8 @@ class Dynamic(Int8Weights):
 
 class WeightOnly(Int8Weights):
     """Everything is computed in float32."""
+
+    packs = False
 
     def packed(self, q: np.ndarray) -> None:
         return None

@@ -7,6 +7,7 @@ MINIGATE_ISA picks the instruction set, see use_isa(). All kernels may be called
 Shapes: M rows, K inputs, N outputs, B batch, T time, D n_state, H n_head.
 """
 
+import math
 import os
 import warnings
 
@@ -29,6 +30,7 @@ F32, F64, I8, U16 = (np.dtype(t) for t in (np.float32, np.float64, np.int8, np.u
 MAX_THREADS = 256
 MAX_K = 131072      # inputs of an integer product that int32 surely holds
 ALIGNMENT = 64      # bytes, of packed weights
+LARGE = 1 << 18     # bytes of an array whose memory is kept for the next one
 
 _isa = ""           # the chosen instruction set; "" until one is needed
 _n_threads = 0      # 0 until they are set or needed
@@ -154,6 +156,27 @@ def _floats(x):
     return ffi.NULL if x is None else ffi.from_buffer(_FLOATS, x)
 
 
+# ---- memory ----
+
+def empty(shape: tuple, dtype) -> np.ndarray:
+    """numpy.empty; large arrays in memory that is kept for those that follow them (csrc/memory.c)."""
+    dtype = np.dtype(dtype)
+    n = math.prod(shape)
+    if not compiled or n * dtype.itemsize < LARGE:
+        return np.empty(shape, dtype)
+    block = lib.mg_take_memory(n * dtype.itemsize)
+    if block == ffi.NULL:
+        raise MemoryError(f"kernels: no memory for an array of {n * dtype.itemsize} bytes")
+    block = ffi.gc(block, lib.mg_give_memory, n * dtype.itemsize)
+    return np.frombuffer(ffi.buffer(block, n * dtype.itemsize), dtype).reshape(shape)
+
+
+def release_memory() -> None:
+    """Gives what is kept for large arrays back to the system: the next ones will be other ones."""
+    if compiled:
+        lib.mg_release_memory()
+
+
 # ---- integers ----
 
 class PackedInt8:
@@ -205,7 +228,7 @@ def matmul_int8(a: np.ndarray, w: PackedInt8) -> np.ndarray:
     a = _matrix("a", a, k, I8)
     if not _in_c(a):
         return reference.matmul_int8(a, w.plain())
-    acc = np.empty((a.shape[0], n), np.int32)
+    acc = empty((a.shape[0], n), np.int32)
     _check(lib.mg_matmul_int8(ffi.from_buffer(_INTS, acc), ffi.from_buffer(_BYTES, a), w.pointer(), a.shape[0], n, k))
     return acc
 
@@ -217,7 +240,7 @@ def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x = _matrix("x", x, None, F32)
     if not _in_c(x):
         return reference.quantize_rows(x)
-    q, scale = np.empty(x.shape, I8), np.empty(x.shape[0], F32)
+    q, scale = empty(x.shape, I8), np.empty(x.shape[0], F32)
     _check(lib.mg_quantize_rows(ffi.from_buffer(_BYTES, q), _floats(scale), _floats(x), *x.shape))
     return q, scale
 
@@ -238,7 +261,7 @@ def linear_int8(q: np.ndarray, a_scale: np.ndarray, w: PackedInt8, w_scale: np.n
     if not _in_c(q):
         y = reference.linear_int8(q, a_scale, w.plain(), w_scale, bias, gelu, residual)
         return reference.to_bf16(y) if bf16 else y
-    out = np.empty((m, n), U16 if bf16 else F32)
+    out = empty((m, n), U16 if bf16 else F32)
     targets = (ffi.NULL, ffi.from_buffer(_HALVES, out)) if bf16 else (_floats(out), ffi.NULL)
     _check(lib.mg_linear_int8(*targets, ffi.from_buffer(_BYTES, q), _floats(a_scale), w.pointer(),
                               _floats(w_scale), _floats(bias), _floats(residual), gelu, m, n, k))
@@ -255,7 +278,7 @@ def linear_int8_rows(q: np.ndarray, a_scale: np.ndarray, w: PackedInt8, w_scale:
     bias = _optional("bias", bias, (n,), F32)
     if not _in_c(q):
         return reference.quantize_rows(reference.linear_int8(q, a_scale, w.plain(), w_scale, bias, gelu))
-    out, scale = np.empty((m, n), I8), np.empty(m, F32)
+    out, scale = empty((m, n), I8), np.empty(m, F32)
     _check(lib.mg_linear_int8_rows(ffi.from_buffer(_BYTES, out), _floats(scale), ffi.from_buffer(_BYTES, q),
                                    _floats(a_scale), w.pointer(), _floats(w_scale), _floats(bias), gelu, m, n, k))
     return out, scale
@@ -286,7 +309,7 @@ def gelu(x: np.ndarray) -> np.ndarray:
     x = _array("x", x, x.shape, dtype)
     if not _in_c(x):
         return reference.gelu(x)
-    y = np.empty(x.shape, F32)
+    y = empty(x.shape, F32)
     width = x.shape[-1] if x.ndim else 1
     _check(lib.mg_finish(_floats(y), _floats(x), ffi.NULL, ffi.NULL, True, x.size // width if width else 0, width))
     return y
@@ -300,7 +323,7 @@ def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float =
     weight, bias = _array("weight", weight, (n,), dtype), _array("bias", bias, (n,), dtype)
     if not _in_c(x):
         return reference.layer_norm(x, weight, bias, eps)
-    y = np.empty(x.shape, F32)
+    y = empty(x.shape, F32)
     _check(lib.mg_layer_norm(_floats(y), _floats(x), _floats(weight), _floats(bias), eps, x.size // n if n else 0, n))
     return y
 
@@ -315,7 +338,7 @@ def layer_norm_rows(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: fl
         q, scale = reference.quantize_rows(y.reshape(-1, n))
         return y, q.reshape(x.shape), scale
     m = x.size // n if n else 0
-    y, q, scale = np.empty(x.shape, F32), np.empty(x.shape, I8), np.empty(m, F32)
+    y, q, scale = empty(x.shape, F32), empty(x.shape, I8), np.empty(m, F32)
     _check(lib.mg_layer_norm_rows(_floats(y), ffi.from_buffer(_BYTES, q), _floats(scale), _floats(x), _floats(weight),
                                   _floats(bias), eps, m, n))
     return y, q, scale
@@ -365,7 +388,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=F
     if not _in_c(q) or q.size == 0:
         k, v = (reference.from_bf16(k), reference.from_bf16(v)) if half else (k, v)
         return reference.attention(q, k, v, n_head, causal, gate)
-    out = np.empty((n_batch, t_q, n_state), F32)
+    out = empty((n_batch, t_q, n_state), F32)
     (q_data, *q_strides), (k_data, *k_strides), (v_data, *v_strides) = _view(q), _view(k), _view(v)
     _check(lib.mg_attention(_floats(out), q_data, k_data, v_data, half, _floats(gate), *q_strides, *k_strides,
                             *v_strides, gate_width, causal, bf16, n_batch, n_batch // k_batch, n_head, t_q, t_k,

@@ -29,7 +29,7 @@ DYNAMIC_RANGE = 8  # powers of ten below the loudest, where the spectrogram is c
 BLOCK_FRAMES = 250  # frames transformed at a time: fits the cache, 2.5 times as fast as 3000
 BAND_MELS = 8  # mel bands multiplied at a time: half the work, and too small for BLAS to wait for a second thread
 BLOCK_SAMPLES = (BLOCK_FRAMES - 1) * HOP_LENGTH + N_FFT
-KEEP_FRAMES = 30000  # 5 minutes: up to here the first pass keeps what it computed (9.6 MB with 80 mels)
+KEEP_FRAMES = 60 * 100  # of a recording whose spectrogram is kept from the first pass: a minute, 2 MB
 
 # Periodic Hann window; in float64, so that every NumPy transforms in float64 (before 2.0 it has nothing else)
 HANN = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)

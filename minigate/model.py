@@ -205,6 +205,7 @@ class Cache:
     def repeat(self, group: int) -> None:
         """Every row becomes a group of equal rows."""
         if group > 1:
+            kernels.release_memory()  # of the encoder; each row is going to have its own keys and values
             self._take(np.repeat(np.arange(self.rows), group))
 
     def reorder(self, rows: np.ndarray) -> None:
@@ -236,7 +237,6 @@ class Model:
     """A loaded model. Stateless between calls: threads may share it."""
 
     def __init__(self, metadata: dict, tensors, name: str = ""):
-        keep_freed_memory()
         self.metadata = metadata
         self.name = name
         self.dims = Dims(**metadata["dims"])
@@ -310,12 +310,6 @@ class Model:
         return f"Model({self.name!r}, {asdict(self.dims)})"
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep what arrays give back, up to 60 MB, rather than ask the system for new pages in every layer, which
-    cost a sixth of the encoder's time: its threshold is twice the largest block of its own mapping that was freed."""
-    np.empty(30 << 20, np.uint8)
-
-
 def weights_folder() -> Path:
     """The embedded models: inside an installed package, beside it in a clone."""
     inside = Path(__file__).parent / "weights"
@@ -351,4 +345,6 @@ def load(name_or_path: str | Path | None = None, threads: int | None = None) -> 
         kernels.set_threads(threads)
     path = find(name_or_path)
     file = checkpoint.read(path)
-    return Model(file.metadata, file.tensors, name=path.stem)
+    model = Model(file.metadata, file.tensors, name=path.stem)
+    file.tensors.release(sparse=model.ops.packs)
+    return model

@@ -15,15 +15,22 @@ from minigate.checkpoint import INPUT_SCALE, ROTATIONS
 from minigate.hadamard import rotation
 
 CONV_WIDTH = 3  # both convolutions of the stem
+CONV_FRAMES = 384  # output frames at a time, whose inputs stand three times in memory
 
 
-def conv_rows(x: np.ndarray, stride: int, padding: int = 0) -> np.ndarray:
-    """x (B, T, C), a frame of padding on either side -> (B, ceil(T / stride), 3 C), a row for each output frame."""
+def conv_rows(x: np.ndarray, stride: int, padding: int = 0, first: int = 0, last: int | None = None) -> np.ndarray:
+    """x (B, T, C), a frame of padding on either side -> (B, ceil(T / stride), 3 C), a row for each output frame; or for
+    those from `first` to `last`, which is not among them."""
     b, t, c = x.shape
-    padded = np.full((b, t + CONV_WIDTH - 1, c), padding, x.dtype)
-    padded[:, 1:-1] = x
-    windows = np.lib.stride_tricks.sliding_window_view(padded, CONV_WIDTH, axis=1)[:, ::stride]  # (B, T', C, 3)
-    return windows.transpose(0, 1, 3, 2).reshape(b, windows.shape[1], CONV_WIDTH * c)
+    last = -(-t // stride) if last is None else last
+    rows = kernels.empty((b, last - first, CONV_WIDTH, c), x.dtype)
+    for i in range(CONV_WIDTH):
+        at = stride * np.arange(first, last) + i - 1
+        inside = slice(int((at < 0).sum()), last - first - int((at >= t).sum()))
+        rows[:, : inside.start, i] = rows[:, inside.stop :, i] = padding
+        if inside.start < inside.stop:
+            rows[:, inside, i] = x[:, at[inside.start] : at[inside.stop - 1] + 1 : stride]
+    return rows.reshape(b, last - first, CONV_WIDTH * c)
 
 
 def conv_matrix(weight: np.ndarray) -> np.ndarray:
@@ -40,12 +47,16 @@ class Float:
     """float32, through BLAS and the float kernels. float16 parameters are widened once, here."""
 
     bf16 = False  # whether attention may multiply in bfloat16
+    packs = False  # whether large parameters are copied, so that only rows of tokens are read from the file later
 
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
         self.gate_kind = metadata["gate"]["kind"]
         self.gate_scale = metadata["gate"].get("scale", 1.0)
-        self.p = {name: self.prepare(name, array) for name, array in tensors.items() if name != "tokenizer.vocabulary"}
+        self.p = {name: self.prepare(name, tensors[name]) for name in tensors if self.is_parameter(name)}
         self.gates = self._gates(metadata["dims"])
+
+    def is_parameter(self, name: str) -> bool:
+        return name != "tokenizer.vocabulary"
 
     def prepare(self, name: str, array: np.ndarray):
         """The form in which a parameter is computed with."""
@@ -62,7 +73,10 @@ class Float:
 
     def conv(self, name: str, x: np.ndarray, stride: int) -> np.ndarray:
         """GELU(conv1d(x)), width 3, padding 1: x (B, T, C) -> (B, ceil(T / stride), N)."""
-        return self.linear(name, conv_rows(x, stride), gelu=True)
+        frames = -(-x.shape[1] // stride)
+        pieces = [self.linear(name, conv_rows(x, stride, 0, i, min(i + CONV_FRAMES, frames)), gelu=True)
+                  for i in range(0, frames, CONV_FRAMES)]  # fmt: skip
+        return np.concatenate(pieces, axis=1)
 
     def add_positions(self, name: str, x: np.ndarray) -> np.ndarray:
         """x (B, T, D) + the first T positions."""

@@ -93,7 +93,7 @@ class DecodingOptions:
     max_initial_timestamp: float | None = 1.0  # s, latest start of the first segment; None: anywhere
     sound_s: float | None = None  # s of sound, for a model that hears no silence after it; None: there is silence
     sample_len: int | None = None  # most tokens decoded; None: n_text_ctx // 2
-    seed: int | tuple[int, ...] = 0  # of numpy.random.default_rng, for temperatures above 0
+    seed: int | tuple[int, ...] = 0  # of the draws at temperatures above 0
 
     def __post_init__(self):
         check = Checks(self)

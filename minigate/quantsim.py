@@ -19,7 +19,7 @@ import numpy as np
 
 from minigate import checkpoint, graph, kernels, ops, reference
 from minigate.attention import gate, times_gate
-from minigate.int8 import CROSS
+from minigate.int8 import is_cached
 from minigate.int8weights import dequantize, quantize_weights
 from minigate.ranges import Record
 
@@ -181,14 +181,14 @@ class SimulatedSteps(SimulatedWeights):
 
 
 class SimulatedDynamic(SimulatedSteps):
-    """Scheme `w8a8-dynamic`: the rows that a linear multiplies with int8 weights are int8 too; keys and values of
-    cross-attention are bfloat16, and attention may be."""
+    """Scheme `w8a8-dynamic`: the rows that a linear multiplies with int8 weights are int8 too; the decoder's keys
+    and values are bfloat16, and attention may be."""
 
     bf16 = True
 
     def linear(self, name: str, x: np.ndarray, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
         y = self.products(name, x, gelu, residual)
-        return reference.from_bf16(reference.to_bf16(y)) if name.endswith(CROSS) else y
+        return reference.from_bf16(reference.to_bf16(y)) if is_cached(name) else y
 
     def products(self, name: str, x: np.ndarray, gelu: bool, residual: np.ndarray | None) -> np.ndarray:
         if name in self.kept:

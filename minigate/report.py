@@ -6,7 +6,6 @@
 import hashlib
 import json
 import os
-import secrets
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,7 +72,7 @@ def write_json(path: str | Path, report: dict) -> None:
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     """write(another name in the same folder), then rename: there is the whole file, or what was there before."""
     path = Path(path)
-    part = path.with_name(f".minigate-{secrets.token_hex(8)}.part")
+    part = path.with_name(f".minigate-{os.urandom(8).hex()}.part")
     try:
         try:
             write(part)

@@ -53,7 +53,7 @@ class Rules:
         self.timestamp_begin = tokenizer.timestamp_begin
         self.timestamps = not options.without_timestamps
         self.never = suppressed_tokens(model, options.suppress_tokens)
-        self.not_first = np.array([*tokenizer.encode(" "), self.eot] if options.suppress_blank else [], int)
+        self.not_first = np.array([tokenizer.vocabulary.index(b" "), self.eot] if options.suppress_blank else [], int)
         self.max_initial = self.max_start = None  # the latest timestamps; max_start (rows,)
         if self.timestamps:
             self.never = np.union1d(self.never, tokenizer.no_timestamps)

@@ -9,6 +9,7 @@ V n_vocab, W windows, K candidates of a row.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
 import numpy as np
 
@@ -35,7 +36,8 @@ def best_text(texts: list[Text], length_penalty: float | None) -> Text:
 def logprobs(values: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """values (rows, K), some of logits (rows, V) -> their log-softmax (rows, K) float32."""
     peak = logits.max(axis=1, keepdims=True)
-    return values - peak - np.log(np.exp(logits - peak).sum(axis=1, keepdims=True))
+    total = [np.exp(row - top).sum() for row, top in zip(logits, peak, strict=True)]  # one row at a time in memory
+    return values - peak - np.log(np.array(total, logits.dtype))[:, None]
 
 
 def largest(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,8 +66,8 @@ def before_end(tokens: np.ndarray, eot: int) -> list[int]:
 class Sampler:
     """Every row by itself: the likeliest token at temperature 0, else a draw from softmax(logits / temperature).
 
-    Draws come from one numpy Generator per window, with the window's own seed: its texts depend neither on the windows
-    beside it nor on the machine's threads.
+    Draws come from one generator per window, with the window's own seed: its texts depend neither on the windows beside
+    it nor on the machine's threads. It is Python's, since NumPy's would load OpenSSL, 5 MB.
     """
 
     def __init__(self, seeds: Sequence[tuple[int, ...]], group: int, eot: int, temperature: float):
@@ -74,7 +76,7 @@ class Sampler:
         self.tokens = np.empty((windows * group, 0), int)
         self.sum_logprob = np.zeros(windows * group, np.float32)
         self.ended = np.zeros(windows * group, bool)
-        self.random = [np.random.default_rng(seed) for seed in seeds]
+        self.random = [Random(repr(seed)) for seed in seeds]
 
     def step(self, logits: np.ndarray) -> None:
         """logits (rows, V), forbidden tokens at -inf: extend every row; one that has ended gets end tokens."""
@@ -87,10 +89,12 @@ class Sampler:
 
     def _draw(self, logits: np.ndarray) -> np.ndarray:
         """One token per row, by the inverse of the cumulative distribution."""
-        scaled = (logits - logits.max(axis=1, keepdims=True)) / np.float32(self.temperature)
-        mass = np.exp(scaled).cumsum(axis=1, dtype=np.float64)
-        uniform = np.concatenate([random.random(self.group) for random in self.random])  # in [0, 1)
-        return np.array([np.searchsorted(row, u * row[-1], side="right") for row, u in zip(mass, uniform, strict=True)])
+        uniform = [random.random() for random in self.random for _ in range(self.group)]  # in [0, 1)
+        return np.array([self._draw_one(row, u) for row, u in zip(logits, uniform, strict=True)])
+
+    def _draw_one(self, logits: np.ndarray, uniform: float) -> int:
+        mass = np.exp((logits - logits.max()) / np.float32(self.temperature)).cumsum(dtype=np.float64)
+        return np.searchsorted(mass, uniform * mass[-1], side="right")
 
     def done(self) -> np.ndarray:
         """(W,) whether all rows of a window have ended."""

@@ -26,6 +26,7 @@ from minigate.kernels import (  # the other half of the door
     _optional,
     _strided,
     compiled,
+    empty,
 )
 
 if compiled:
@@ -81,9 +82,9 @@ def _check_grid(name: str, grid) -> None:
 
 def _result(shape: tuple, out: Grid | None) -> np.ndarray:
     if out is None:
-        return np.empty(shape, F32)
+        return empty(shape, F32)
     _check_grid("out", out)
-    return np.empty(shape, I8)
+    return empty(shape, I8)
 
 
 # ---- conversion ----
@@ -116,7 +117,7 @@ def expand(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
     scale = _array("scale", scale, q.shape[:1], F32)
     if not _in_c(q):
         return reference.expand(q, scale)
-    y = np.empty(q.shape, F32)
+    y = empty(q.shape, F32)
     _check(lib.mg_expand(_floats(y), ffi.from_buffer(_BYTES, q), _floats(scale), *q.shape))
     return y
 

@@ -12,7 +12,6 @@ import math
 import mmap
 import os
 import reprlib
-import secrets
 import stat
 import zlib
 from collections import Counter
@@ -26,6 +25,7 @@ import numpy as np
 from minigate.errors import FileError
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
+RESIDENT = 8 << 20  # bytes of a mapped file, about, that are in memory while tensors are made of it
 ALIGNMENT = 64  # bytes; the data starts at a multiple of it, so large tensors do too
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U64": "<u8", "I32": "<i4",
           "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "i1", "U8": "u1", "BOOL": "?"}
@@ -46,11 +46,28 @@ class Entry:
 class LazyTensors(Mapping[str, np.ndarray]):
     """name -> array, each made when it is asked for: what must be converted is never all in memory at once."""
 
-    def __init__(self, entries: Mapping[str, Entry]):
+    def __init__(self, entries: Mapping[str, Entry], mapping: mmap.mmap | None = None):
         self.entries = dict(entries)
+        self.mapping = mapping  # where the arrays are, if they are in a file
+        self._touched = 0  # bytes
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.entries[name].make()
+        array = self.entries[name].make()
+        self._touched += array.nbytes
+        if self._touched > RESIDENT:
+            self.release()
+        return array
+
+    def release(self, sparse: bool = False) -> None:
+        """Give the memory of what was read from the file back to the system, which reads it anew when it is wanted.
+
+        sparse: what will be wanted are a few rows, and pages around them shall not be read with them.
+        """
+        if isinstance(self.mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+            if sparse:
+                self.mapping.madvise(mmap.MADV_RANDOM)
+        self._touched = 0
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -99,6 +116,7 @@ def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
 def read(path: str | Path) -> tuple[dict[str, str], LazyTensors]:
     """safetensors file -> metadata, tensors in the header's order. Raises FileError naming the file and the field."""
     raw = map_file(path)
+    mapping = getattr(raw.base, "obj", None)  # none of an empty file
     header, start = _header(path, raw)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -109,10 +127,24 @@ def read(path: str | Path) -> tuple[dict[str, str], LazyTensors]:
     _check_tiling(path, spans, data.size)
     if checksum is not None:
         own = _checksum(checksum)
-        got = zlib.crc32(data, zlib.crc32(raw[:start].tobytes().replace(own, NO_CHECKSUM, 1)))
+        got = _crc32_of_rest(path, start, zlib.crc32(raw[:start].tobytes().replace(own, NO_CHECKSUM, 1)))
         if own != _checksum(f"{got:08x}"):
             raise FileError(f"{path}: expected the CRC-32 {show(checksum)}, got {got:08x}: the file was altered")
-    return metadata, LazyTensors({name: _entry(data, *span) for name, span in spans.items()})
+    return metadata, LazyTensors({name: _entry(data, *span) for name, span in spans.items()}, mapping)
+
+
+def _crc32_of_rest(path: str | Path, start: int, crc: int) -> int:
+    """crc, of what stands before byte `start`, -> of the whole file; read piece by piece, so as not to fill memory."""
+    piece = memoryview(bytearray(1 << 20))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while n := file.readinto(piece):
+                crc = zlib.crc32(piece[:n], crc)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return crc
+
 
 
 def _checksum(digits: str) -> bytes:
@@ -202,7 +234,7 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping
     if path.exists() and not path.is_file():
         raise FileError(f"{path}: cannot be written: expected a regular file in its place or none")
     header, order = _plan(path, tensors, metadata, float_dtype)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(header)

@@ -271,4 +271,5 @@ class Tokenizer:
             for ids in (self.encode(mark), self.encode(f" {mark}")):
                 if len(ids) == 1 or mark in NOTE_SIGNS:
                     tokens.add(ids[0])
+        self.__dict__.pop("ranks", None)  # 5 MB that transcribing rarely wants again
         return tuple(sorted(tokens))

@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 
+from minigate import kernels
 from minigate.decoding import DecodingResult, Own, decode, detect_language
 from minigate.errors import FileError, UsageError
 from minigate.mel import HOP_LENGTH, N_FRAMES, SAMPLE_RATE, MelWindows
@@ -96,7 +97,7 @@ class Transcription:
         self.seek = 0
         self.segments: list[Segment] = []
         self.language_probs: dict[str, float] | None = None
-        self._encoded: tuple[np.ndarray, np.ndarray] | None = None  # the last window: mel, xa
+        self._encoded: tuple[np.ndarray, np.ndarray] | None = None  # mel, xa of what the language was heard in
         self.language = self._language()
         self._previous = text_tokens(model, options.initial_prompt)  # text before the next window
 
@@ -128,14 +129,22 @@ class Transcription:
     def _language(self) -> str:
         if self.options.language is not None or not self.model.is_multilingual:
             return self.model.tokenizer.language_code(self.options.language)
-        [self.language_probs] = detect_language(self.model, self._listen(self.windows.language_window()))
+        mel = self.windows.language_window()
+        self._encoded = mel, self.model.encode(mel[None])
+        [self.language_probs] = detect_language(self.model, self._encoded[1])
         return max(self.language_probs, key=self.language_probs.get)
 
     def _listen(self, mel: np.ndarray) -> np.ndarray:
         """mel (n_mels, frames) -> xa (1, T, D). The window that the language was heard in is not encoded again."""
-        if self._encoded is None or not np.array_equal(self._encoded[0], mel):
-            self._encoded = mel, self.model.encode(mel[None])
-        return self._encoded[1]
+        heard, self._encoded = self._encoded, None
+        if heard and np.array_equal(heard[0], mel):
+            return heard[1]
+        if not self.seek:
+            return self.model.encode(mel[None])
+        kernels.release_memory()  # of the last window's decoder, and then of this one's encoder: not both at once
+        xa = self.model.encode(mel[None])
+        kernels.release_memory()
+        return xa
 
     def _window(self) -> list[Segment]:
         """Decode the window at `seek`, and move `seek` and the previous text on."""

@@ -12,7 +12,6 @@ which it puts into JSON though JSON has no word for them, become null.
 import json
 import math
 import os
-import secrets
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
@@ -162,7 +161,7 @@ class Outputs:
 
     def _open(self, format: str):
         path = os.path.join(self.output_dir, f"{self.stem}.{format}")
-        part = os.path.join(self.output_dir, f".minigate-{secrets.token_hex(8)}.part")
+        part = os.path.join(self.output_dir, f".minigate-{os.urandom(8).hex()}.part")
         self.parts.append(part)
         with _os_errors_as_file_errors(path):
             file = open(part, "x", encoding="utf-8", newline="\n")

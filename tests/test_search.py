@@ -175,7 +175,7 @@ def test_draws_follow_the_tempered_probabilities():
 
 def test_a_draw_of_0_is_the_first_possible_token():
     sampler = Sampler([()], 1, EOT, 1.0)
-    sampler.random = [SimpleNamespace(random=np.zeros)]
+    sampler.random = [SimpleNamespace(random=lambda: 0.0)]
     logits = np.full((1, V), -np.inf, np.float32)
     logits[0, [6, 8]] = 0
     sampler.step(logits)
