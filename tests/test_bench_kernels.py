@@ -1,0 +1,46 @@
+"""tools/bench_kernels.py and tools/benchcases.py: that a wrong result is noticed, and the table."""
+
+import pytest
+
+from minigate import kernels
+from tools import bench_kernels, benchcases
+
+ROOFLESS = "no-such-folder"  # nothing can be compiled into it
+WRONG = {"matmul_int8 1500×384×384": "matmul_int8", "linear_int8 1500×384×384": "linear_int8",
+         "linear_int8 1×384×384": "linear_int8", "attention 1×1500×384, keys in bf16": "attention",
+         "gelu 1500×1536": "gelu"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    n_threads = kernels.threads()
+    monkeypatch.setattr(benchcases, "ROTATED", 1 << 20)
+    monkeypatch.setattr(bench_kernels, "FILL_S", 1e-4)
+    yield
+    kernels.set_threads(n_threads)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_results_are_noticed(name, monkeypatch):
+    peaks = benchcases.Peaks(ROOFLESS)
+    case = next(benchcases.cases(peaks, 1, name))
+    assert (case.roof is None) == (case.unit == "TOPS")
+    case.check()
+    right = getattr(kernels, WRONG[name])
+
+    def wrong(*args, **options):
+        y = right(*args, **options)
+        y[-1, ..., -1] += 1
+        return y
+
+    monkeypatch.setattr(kernels, WRONG[name], wrong)
+    with pytest.raises(SystemExit, match="away from reference.py"):
+        next(benchcases.cases(peaks, 1, name)).check()
+
+
+def test_table(capsys):
+    assert bench_kernels.main(["--threads", "1", "2", "--rounds", "2", "--only", "layer_norm 1500×384"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| layer_norm")]
+    assert [row[1] for row in rows] == ["1", "2"]
+    for _, _, rate, roof, share, numpy, onnxruntime in rows:
+        assert rate.endswith("GB/s") and float(roof) > 0 and "to" in share and "to" in numpy and onnxruntime == " |"

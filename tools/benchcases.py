@@ -1,0 +1,268 @@
+"""The kernels that bench_kernels.py times: their arguments, how their results are checked, and what they are compared
+with: a roof, NumPy, and for some a product's size that ONNX Runtime is given.
+
+M rows, K inputs, N outputs; T frames; n_state and n_head of tiny and base.
+"""
+
+import ctypes
+import itertools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from minigate import kernels, reference, static_reference
+from minigate import static_kernels as static
+from minigate import training_kernels as training
+from minigate.mel import N_SAMPLES, log_mel
+
+ROTATED = 1 << 25  # bytes of weights, or keys and values: more than caches that a core has for itself
+LEAST_ROTATED = 8
+T = 1500  # frames that the encoder sees
+PRODUCTS = [(T, 384, 384), (T, 1536, 384), (T, 384, 1536), (T, 512, 512), (T, 2048, 512), (T, 512, 2048)]  # M, N, K
+ROWS = [(51864, 384), (51865, 512), (384, 384), (1536, 384), (384, 1536), (512, 512)]  # N, K of one row
+HEADS = [(384, 6), (512, 8)]  # n_state, n_head of tiny and base
+TURNS = 20000  # of peak.c's loops in a call, under 0.1 ms
+UNITS = {"TOPS": 1e12, "TFLOP/s": 1e12, "GB/s": 1e9}  # operations or bytes a second
+FLOATS = ("float32", "bf16")
+RELATIVE = 4e-6  # of a float32 result, relative to the largest magnitude
+ATTENTION_RELATIVE = 6e-6  # both sides sum in float32
+BF16_RELATIVE = 2e-2
+Run = Callable[[], object]
+
+
+@dataclass
+class Case:
+    """A kernel and what it is compared with. work: operations or bytes of a call, unit: one of UNITS.
+
+    check exits if the result is wrong. roof: one function for each thread, which together do roof_work."""
+
+    name: str
+    run: Run
+    check: Run
+    work: float
+    unit: str
+    roof: list[Run] | None = None
+    roof_work: float = 0.0
+    numpy: Run | None = None
+    product: tuple[int, int, int] | None = None
+
+
+def equal(name: str, got: np.ndarray, wanted: np.ndarray, steps: int = 0) -> None:
+    worst = np.abs(got.astype(np.int64) - wanted).max(initial=0)
+    if got.shape != wanted.shape or worst > steps:
+        raise SystemExit(f"bench_kernels: {name}: {worst} away from reference.py")
+
+
+def close(name: str, got: np.ndarray, wanted: np.ndarray, relative: float = RELATIVE) -> None:
+    error, bound = np.abs(got - wanted).max(initial=0), relative * np.abs(wanted).max(initial=1)
+    if got.shape != wanted.shape or not error <= bound:
+        raise SystemExit(f"bench_kernels: {name}: {error:.2g} away from reference.py, expected at most {bound:.2g}")
+
+
+# --- roofs ---
+
+
+class Peaks:
+    """The loops of peak.c for the instruction set in use, if there is a compiler."""
+
+    def __init__(self, folder: str):
+        compiler, self.library = next(filter(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")), None), None
+        target = str(Path(folder, "peak.so"))
+        command = [compiler, "-O3", "-shared", "-fPIC", str(Path(__file__).with_name("peak.c")), "-o", target]
+        if compiler and subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
+            self.library = ctypes.CDLL(target)
+
+    def __call__(self, kind: str, threads: int) -> tuple[list[Run] | None, float]:
+        """kind: int8, float32 or bf16 -> roof, roof_work."""
+        if kind == "bf16" and not training.has_bf16():
+            kind = "float32"
+        loop = getattr(self.library, f"{kernels.isa()}_{kind}", None) if self.library else None
+        if loop is None:
+            return None, 0.0
+        loop.restype, loop.argtypes = ctypes.c_double, [ctypes.c_size_t]
+        return [lambda: loop(TURNS)] * threads, threads * loop(TURNS)
+
+
+def reading(n_bytes: int, threads: int) -> tuple[list[Run], float]:
+    words = np.ones(n_bytes // 8, np.int64)
+    return [part.sum for part in np.array_split(words, threads)], words.nbytes
+
+
+def copying(moved: float, threads: int) -> tuple[list[Run], float]:
+    """moved: bytes read and written."""
+    source, target = np.ones(int(moved / 2), np.uint8), np.ones(int(moved / 2), np.uint8)
+    parts = zip(np.array_split(target, threads), np.array_split(source, threads), strict=True)
+    return [lambda to=to, from_=from_: np.copyto(to, from_) for to, from_ in parts], moved
+
+
+# --- cases ---
+
+
+def int8s(rng, *shape: int) -> np.ndarray:
+    return rng.integers(-127, 128, shape).astype(np.int8)
+
+
+def floats(rng, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def rotation(items: list) -> Callable:
+    """-> a function that returns the next of them, for ever."""
+    return itertools.cycle(items).__next__
+
+
+class Makers:
+    """One function for each kind of case: name, sizes -> Case."""
+
+    def __init__(self, peaks: Peaks, threads: int):
+        self.peaks, self.threads, self.rng = peaks, threads, np.random.default_rng(0)
+
+    def product(self, name: str, m: int, n: int, k: int, finished: bool) -> Case:
+        """finished: linear_int8, which scales and adds a bias; else matmul_int8."""
+        q, w = int8s(self.rng, m, k), int8s(self.rng, n, k)
+        a_scale, w_scale, bias = abs(floats(self.rng, m)), abs(floats(self.rng, n)) / k, floats(self.rng, n)
+        packed, x, w_float = kernels.pack_int8(w), q.astype(np.float32), w.T.astype(np.float32, order="C")
+
+        def run():
+            if finished:
+                return kernels.linear_int8(q, a_scale, packed, w_scale, bias)
+            return kernels.matmul_int8(q, packed)
+
+        def check():
+            if finished:
+                close(name, run(), reference.linear_int8(q, a_scale, w, w_scale, bias))
+            else:
+                equal(name, run(), reference.matmul_int8(q, w))
+
+        return Case(name, run, check, 2.0 * m * n * k, "TOPS", *self.peaks("int8", self.threads), lambda: x @ w_float,
+                    (m, n, k))  # fmt: skip
+
+    def one_row(self, name: str, n: int, k: int) -> Case:
+        """linear_int8 of one row, with other weights in each call."""
+        count = max(LEAST_ROTATED, ROTATED // (n * k))
+        plain = [int8s(self.rng, n, k) for _ in range(LEAST_ROTATED)]
+        packed = rotation([kernels.pack_int8(plain[i % LEAST_ROTATED]) for i in range(count)])
+        w_float = rotation([plain[i % LEAST_ROTATED].astype(np.float32).T for i in range(max(2, count // 4))])
+        q, a_scale, w_scale = int8s(self.rng, 1, k), abs(floats(self.rng, 1)), abs(floats(self.rng, n)) / k
+        x = q.astype(np.float32)
+
+        def run():
+            return kernels.linear_int8(q, a_scale, packed(), w_scale)
+
+        def check():
+            for i in range(count):
+                close(name, run(), reference.linear_int8(q, a_scale, plain[i % LEAST_ROTATED], w_scale))
+            equal(name, kernels.matmul_int8(q, packed()), reference.matmul_int8(q, plain[0]))
+
+        return Case(name, run, check, n * k, "GB/s", *reading(count * n * k, self.threads), lambda: x @ w_float())
+
+    def attention(self, name: str, n_state: int, n_head: int, bf16: bool) -> Case:
+        q, k, v = (floats(self.rng, 1, T, n_state) for _ in range(3))
+
+        def run():
+            return kernels.attention(q, k, v, n_head, bf16=bf16)
+
+        def by_numpy():
+            return reference.attention(q, k, v, n_head)
+
+        def check():
+            close(name, run(), by_numpy(), BF16_RELATIVE if bf16 else ATTENTION_RELATIVE)
+
+        roof = self.peaks("bf16" if bf16 else "float32", self.threads)
+        return Case(name, run, check, 4.0 * T * T * n_state, "TFLOP/s", *roof, by_numpy)
+
+    def static_attention(self, name: str, n_state: int, n_head: int) -> Case:
+        grid = static.Grid(0.01, -3)
+        q, k, v = (static.Tensor(int8s(self.rng, 1, T, n_state), grid) for _ in range(3))
+
+        def run():
+            return static.attention(q, k, v, n_head, grid)
+
+        def by_numpy():
+            return static_reference.attention(q, k, v, n_head, grid)
+
+        def check():
+            equal(name, run(), by_numpy(), steps=1)
+
+        roof = self.peaks("int8", self.threads)
+        return Case(name, run, check, 4.0 * T * T * n_state, "TOPS", *roof, by_numpy)
+
+    def one_query(self, name: str, n_state: int, n_head: int, bf16: bool) -> Case:
+        """Other keys and values in each call."""
+        n_bytes = 2 * T * n_state * (2 if bf16 else 4)
+        count = max(LEAST_ROTATED, ROTATED // n_bytes)
+        q, floating = floats(self.rng, 1, 1, n_state), [floats(self.rng, 2, 1, T, n_state) for _ in range(count)]
+        pairs = rotation([reference.to_bf16(pair) for pair in floating] if bf16 else floating)
+        others = rotation(floating)
+
+        def run():
+            return kernels.attention(q, *pairs(), n_head)
+
+        def by_numpy():
+            return reference.attention(q, *others(), n_head)
+
+        def check():
+            for _ in range(count):
+                close(name, run(), by_numpy(), BF16_RELATIVE if bf16 else ATTENTION_RELATIVE)
+
+        return Case(name, run, check, n_bytes, "GB/s", *reading(count * n_bytes, self.threads), by_numpy)
+
+    def layer_norm(self, name: str, n_state: int) -> Case:
+        x, weight, bias = floats(self.rng, T, n_state), floats(self.rng, n_state), floats(self.rng, n_state)
+        run, by_numpy = partial(kernels.layer_norm, x, weight, bias), partial(reference.layer_norm, x, weight, bias)
+        return self.copied(name, run, lambda: close(name, run(), by_numpy()), 8 * x.size, by_numpy)
+
+    def gelu(self, name: str, n: int) -> Case:
+        x = floats(self.rng, T, n)
+        run, by_numpy = partial(kernels.gelu, x), partial(reference.gelu, x)
+        return self.copied(name, run, lambda: close(name, run(), by_numpy()), 8 * x.size, by_numpy)
+
+    def quantize_rows(self, name: str, n: int) -> Case:
+        x = floats(self.rng, T, n)
+        run, by_numpy = partial(kernels.quantize_rows, x), partial(reference.quantize_rows, x)
+
+        def check():
+            (q, scale), (wanted_q, wanted_scale) = run(), by_numpy()
+            equal(name, q, wanted_q)
+            equal(name, scale.view(np.int32), wanted_scale.view(np.int32))
+
+        return self.copied(name, run, check, 5 * x.size, by_numpy)
+
+    def log_mel(self, name: str) -> Case:
+        audio = floats(self.rng, N_SAMPLES) / 10
+        moved = audio.nbytes + log_mel(audio).nbytes
+        return self.copied(name, partial(log_mel, audio), lambda: None, moved, None)
+
+    def copied(self, name: str, run: Run, check: Run, moved: int, by_numpy: Run | None) -> Case:
+        """A kernel whose roof is a copy."""
+        return Case(name, run, check, moved, "GB/s", *copying(moved, self.threads), by_numpy)
+
+
+def cases(peaks: Peaks, threads: int, only: str = "") -> Iterator[Case]:
+    """Those whose name contains `only`, made one after the other."""
+    make = Makers(peaks, threads)
+    makers = {}
+    for kernel, finished in (("linear_int8", True), ("matmul_int8", False)):
+        makers |= {f"{kernel} {m}×{n}×{k}": partial(make.product, m=m, n=n, k=k, finished=finished)
+                   for m, n, k in PRODUCTS}  # fmt: skip
+    makers |= {f"linear_int8 1×{n}×{k}": partial(make.one_row, n=n, k=k) for n, k in ROWS}
+    for n_state, n_head in HEADS:
+        sizes = dict(n_state=n_state, n_head=n_head)
+        many, one = f"attention {T}×{T}×{n_state}", f"attention 1×{T}×{n_state}"
+        makers |= {f"{many}, {kind}": partial(make.attention, bf16=kind == "bf16", **sizes) for kind in FLOATS}
+        makers[f"{many}, static int8"] = partial(make.static_attention, **sizes)
+        makers |= {f"{one}, keys in {kind}": partial(make.one_query, bf16=kind == "bf16", **sizes) for kind in FLOATS}
+    for n_state, _ in HEADS:
+        makers[f"layer_norm {T}×{n_state}"] = partial(make.layer_norm, n_state=n_state)
+        makers[f"gelu {T}×{4 * n_state}"] = partial(make.gelu, n=4 * n_state)
+        makers |= {f"quantize_rows {T}×{n}": partial(make.quantize_rows, n=n) for n in (n_state, 4 * n_state)}
+    makers["log-mel, 30 s"] = make.log_mel
+    for name, maker in makers.items():
+        if only in name:
+            yield maker(name)
