@@ -64,7 +64,7 @@ TARGET static float raise(int32_t *scores, size_t stride, size_t n, int32_t top,
     return _mm512_reduce_add_ps(sum);
 }
 
-TARGET static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
+TARGET uint32_t mg_avx512_weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
 {
     float sum = raise(scores, stride, n, largest(scores, stride, n), unit);
     __m512 scale = _mm512_set1_ps(255.0f / sum);
@@ -101,8 +101,8 @@ MG_INLINE TARGET __m512i sums_of(const __m512i *c)
 }
 
 /* q is offset by 128 for dpbusd, so that 128 + zero times the sum of the key's elements has to be taken away. */
-TARGET static void score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
-                              size_t d)
+TARGET void mg_avx512_score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row,
+                                 size_t n, size_t d)
 {
     const __m512i offset = _mm512_set1_epi8(-128), away = _mm512_set1_epi8((char)(128 + zero));
     for (size_t j = 0; j < n; j += LANES) {
@@ -128,7 +128,7 @@ TARGET static void score_keys(int32_t *scores, const int8_t *q, int32_t zero, co
 
 /* Four values at a time, 64 of their elements; most weights are zero.  Unpacking them leaves in a vector 4 elements of
    every 16. */
-TARGET static void sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d)
+TARGET void mg_avx512_sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d)
 {
     for (size_t i = 0; i < d; i += BYTES) {
         __mmask64 mask = byte_mask(d - i);
@@ -166,8 +166,8 @@ const struct mg_int8_attention mg_avx512_int8 = {
     .few_queries = 8,
     .score_panel = dot_bytes,
     .sum_panel = dot_bytes,
-    .score_keys = score_keys,
-    .weigh = weigh,
-    .sum_values = sum_values,
+    .score_keys = mg_avx512_score_keys,
+    .weigh = mg_avx512_weigh,
+    .sum_values = mg_avx512_sum_values,
 };
 #endif

@@ -10,7 +10,7 @@
 enum { ROWS = 6, VECTORS = MG_PANEL / 16, OFFSET = 128 };    /* 6 rows * 4 vectors of sums fill 24 of 32 registers */
 
 /* dpbusd multiplies unsigned by signed: a is offset by OFFSET. */
-TARGET static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k)
+TARGET void mg_avx512_pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k)
 {
     const __m512i offset = _mm512_set1_epi8(-128);     /* exclusive or with it adds OFFSET */
     size_t k4 = mg_round_up(k, 4);
@@ -120,7 +120,7 @@ MG_INLINE TARGET void write_numbers(const struct mg_target *t, __m512 x, size_t 
     _mm512_mask_cvtsepi32_storeu_epi8(t->q + i, mask, steps);
 }
 
-TARGET static void finish(const struct mg_finish *f, size_t n)
+TARGET void mg_avx512_finish(const struct mg_finish *f, size_t n)
 {
     int residual = f->residual.x != NULL || f->residual.q != NULL;
     for (size_t i = 0; i < n; i += 16) {
@@ -136,7 +136,7 @@ TARGET static void finish(const struct mg_finish *f, size_t n)
     }
 }
 
-TARGET static float quantize_row(int8_t *q, const float *x, size_t n)
+TARGET float mg_avx512_quantize_row(int8_t *q, const float *x, size_t n)
 {
     __m512 tops = _mm512_setzero_ps();
     for (size_t i = 0; i < n; i += 16)
@@ -155,8 +155,8 @@ TARGET static float quantize_row(int8_t *q, const float *x, size_t n)
     return top / 127.0f;
 }
 
-TARGET static void layer_norm_row(float *out, const float *x, const float *weight, const float *bias, float eps,
-                                  size_t n)
+TARGET void mg_avx512_layer_norm_row(float *out, const float *x, const float *weight, const float *bias, float eps,
+                                     size_t n)
 {
     __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
     for (size_t i = 0; i < n; i += 16)
@@ -180,11 +180,11 @@ const struct mg_kernels mg_avx512vnni = {
     .name = "avx512vnni",
     .max_rows = ROWS,
     .offset = OFFSET,
-    .pack_rows = pack_rows,
+    .pack_rows = mg_avx512_pack_rows,
     .dot_panel = dot_panel,
-    .finish = finish,
-    .quantize_row = quantize_row,
-    .layer_norm_row = layer_norm_row,
+    .finish = mg_avx512_finish,
+    .quantize_row = mg_avx512_quantize_row,
+    .layer_norm_row = mg_avx512_layer_norm_row,
     .max_queries = 48,
     .few_queries = 8,
     .attend_floats = mg_avx512_attend_floats,

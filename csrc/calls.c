@@ -6,7 +6,7 @@
 #include <string.h>
 
 enum {
-    TILE_ROWS = 48,             /* rows of an integer product that share a pass over a panel */
+    TILE_ROWS = 48,             /* rounded up to max_rows: of an integer product, that share a pass over a panel */
     TILE_BYTES = 96 * 1024,     /* of weights in a tile: what is fetched between two looks at the task counter */
     MANY_TILES = 8,             /* of rows: enough for all threads */
     FEW_PRODUCTS = 256 * 1024,  /* a few microseconds: not worth another thread */
@@ -44,7 +44,7 @@ struct product {
     const float *a_scale, *w_scale, *bias;
     size_t a_scale_step;        /* 1: a scale per row; 0: one for all */
     int gelu;
-    size_t m, n, k, tile_panels, column_tiles;
+    size_t m, n, k, tile_rows, tile_panels, column_tiles;
     struct mg_scratch scratch;
 };
 
@@ -80,14 +80,14 @@ static void product_tile(void *context, size_t i, size_t worker)
 {
     struct product own = *(const struct product *)context, *p = &own;
     const struct mg_kernels *kernels = p->kernels;
-    size_t k4 = mg_round_up(p->k, 4), row0 = i / p->column_tiles * TILE_ROWS;
-    size_t rows = mg_min(TILE_ROWS, p->m - row0);
+    size_t k4 = mg_round_up(p->k, 4), row0 = i / p->column_tiles * p->tile_rows;
+    size_t rows = mg_min(p->tile_rows, p->m - row0);
     size_t panel0 = i % p->column_tiles * p->tile_panels;
     size_t panel1 = mg_min(panel0 + p->tile_panels, mg_round_up(p->n, MG_PANEL) / MG_PANEL);
     int32_t *acc = mg_scratch_of(&p->scratch, worker);
     int8_t *a = (int8_t *)(acc + kernels->max_rows * MG_PANEL);
     if (p->rows != NULL) {
-        p->out.x = (float *)(a + mg_round_up(TILE_ROWS * k4, 64));
+        p->out.x = (float *)(a + mg_round_up(p->tile_rows * k4, 64));
         p->out_row = row0;
     }
     kernels->pack_rows(a, p->a + row0 * p->k, rows, p->k);
@@ -117,18 +117,19 @@ static size_t tile_panels(const struct product *p, size_t row_tiles, size_t pane
 static enum mg_status run_product(struct product *p, const int8_t *packed)
 {
     size_t k4 = mg_round_up(p->k, 4), panels = mg_round_up(p->n, MG_PANEL) / MG_PANEL;
-    size_t row_tiles = mg_round_up(p->m, TILE_ROWS) / TILE_ROWS;
     if (p->k > MG_MAX_K)
         return MG_BAD_VALUE;
     p->kernels = mg_kernels();
+    p->tile_rows = mg_round_up(TILE_ROWS, p->kernels->max_rows);
+    size_t row_tiles = (p->m + p->tile_rows - 1) / p->tile_rows;
     p->panels = packed;
     p->sums = (const int32_t *)(packed + panels * MG_PANEL * k4);
     p->tile_panels = tile_panels(p, row_tiles, panels);
     p->column_tiles = (panels + p->tile_panels - 1) / p->tile_panels;
     size_t n_tasks = row_tiles * p->column_tiles;
-    size_t bytes = p->kernels->max_rows * MG_PANEL * sizeof(int32_t) + mg_round_up(TILE_ROWS * k4, 64);
+    size_t bytes = p->kernels->max_rows * MG_PANEL * sizeof(int32_t) + mg_round_up(p->tile_rows * k4, 64);
     if (p->rows != NULL)
-        bytes += TILE_ROWS * p->n * sizeof(float);
+        bytes += p->tile_rows * p->n * sizeof(float);
     if (!mg_get_scratch(&p->scratch, bytes, n_tasks))
         return MG_NO_MEMORY;
     mg_run(product_tile, p, n_tasks, p->scratch.n_workers);

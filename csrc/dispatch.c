@@ -11,9 +11,15 @@ enum { CHIP = 1, SAVED = 2, ALLOWED = 4, USABLE = 7 };
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 enum reg { EAX, EBX, ECX, EDX };
-enum { XMM_YMM = 0x6, ZMM = 0xe6 };     /* state bits of XCR0: SSE, AVX; and opmask, ZMM_Hi256, Hi16_ZMM */
+
+/* state bits of XCR0: SSE, AVX; and opmask, ZMM_Hi256, Hi16_ZMM; the tiles' configuration and, bit 18, their data */
+enum { XMM_YMM = 0x6, ZMM = 0xe6, TILES = 0x60000, TILE_DATA = 18 };
 
 static const struct {
     const char *name;
@@ -29,6 +35,9 @@ static const struct {
     {"avx512vl", 7, 0, EBX, 31, ZMM},
     {"avx512vnni", 7, 0, ECX, 11, ZMM},
     {"avx512_bf16", 7, 1, EAX, 5, ZMM},
+    {"amx_tile", 7, 0, EDX, 24, TILES},
+    {"amx_int8", 7, 0, EDX, 25, TILES},
+    {"amx_bf16", 7, 0, EDX, 22, TILES},
 };
 
 static unsigned long long saved_state(void)
@@ -40,13 +49,30 @@ static unsigned long long saved_state(void)
     return (unsigned long long)d << 32 | a;
 }
 
+/* Linux lets a process use tiles from when it has asked for them, and may refuse; asking again changes nothing. */
+static int allowed(unsigned state)
+{
+    if (state != TILES)
+        return 1;
+#if defined(__linux__)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+
 int mg_feature(size_t i)
 {
+#ifdef MG_AMX_EMULATED
+    if (features[i].state == TILES)
+        return USABLE;
+#endif
     unsigned r[4] = {0};
     int chip = __get_cpuid_count(features[i].leaf, features[i].subleaf, &r[EAX], &r[EBX], &r[ECX], &r[EDX]) &&
                (r[features[i].reg] >> features[i].bit & 1);
     int saved = (saved_state() & features[i].state) == features[i].state;
-    return chip * CHIP + saved * SAVED + (chip && saved) * ALLOWED;
+    return chip * CHIP + saved * SAVED + (chip && saved && allowed(features[i].state)) * ALLOWED;
 }
 
 const char *mg_feature_name(size_t i)
@@ -54,8 +80,13 @@ const char *mg_feature_name(size_t i)
     return i < sizeof features / sizeof features[0] ? features[i].name : NULL;
 }
 
+#define AVX512VNNI "avx2 fma avx512f avx512bw avx512dq avx512vl avx512vnni"
+#ifdef MG_AMX
+static const struct mg_kernels *const isas[] = {&mg_portable, &mg_avx2, &mg_avx512vnni, &mg_amx};
+#else
 static const struct mg_kernels *const isas[] = {&mg_portable, &mg_avx2, &mg_avx512vnni};
-static const char *const needs[] = {"", "avx2 fma", "avx2 fma avx512f avx512bw avx512dq avx512vl avx512vnni"};
+#endif
+static const char *const needs[] = {"", "avx2 fma", AVX512VNNI, AVX512VNNI " amx_tile amx_int8"};
 
 #elif defined(__aarch64__)
 #if defined(__linux__)
@@ -127,23 +158,26 @@ static int among(const char *name, const char *words)
     return 0;
 }
 
-int mg_isa_usable(size_t i)
+static int all_usable(const char *words)
 {
-    if (i >= N_ISA)
-        return 0;
     for (size_t f = 0; mg_feature_name(f) != NULL; f++)
-        if (among(mg_feature_name(f), needs[i]) && mg_feature(f) != USABLE)
+        if (among(mg_feature_name(f), words) && mg_feature(f) != USABLE)
             return 0;
     return 1;
 }
 
+int mg_isa_usable(size_t i) { return i < N_ISA && all_usable(needs[i]); }
+
 /* Beside the instruction set: some processors with VNNI have it, some have not. */
 static const struct mg_bf16 *bf16_of(const struct mg_kernels *kernels)
 {
+#ifdef MG_AMX
+    if (kernels == &mg_amx && all_usable("avx512_bf16"))
+        return &mg_avx512bf16;
+#endif
 #if defined(__x86_64__)
-    for (size_t f = 0; kernels == &mg_avx512vnni && mg_feature_name(f) != NULL; f++)
-        if (strcmp(mg_feature_name(f), "avx512_bf16") == 0 && mg_feature(f) == USABLE)
-            return &mg_avx512bf16;
+    if (kernels == &mg_avx512vnni && all_usable("avx512_bf16"))
+        return &mg_avx512bf16;
 #endif
     (void)kernels;
     return NULL;

@@ -183,6 +183,20 @@ size_t mg_avx2_attend_backward_floats(size_t d);
 void mg_avx2_attend_backward(const struct mg_attention_head *head, float *scratch);
 size_t mg_avx512_attend_backward_floats(size_t d);
 void mg_avx512_attend_backward(const struct mg_attention_head *head, float *scratch);
+void mg_avx512_pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k);
+void mg_avx512_finish(const struct mg_finish *f, size_t n);
+float mg_avx512_quantize_row(int8_t *q, const float *x, size_t n);
+void mg_avx512_layer_norm_row(float *out, const float *x, const float *weight, const float *bias, float eps, size_t n);
+void mg_avx512_score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
+                          size_t d);
+uint32_t mg_avx512_weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
+void mg_avx512_sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d);
+/* Tiles, which Linux alone hands out, for functions of their targets; or in plain C, see tests/isas/amxemulation.h. */
+#if defined(MG_AMX_EMULATED) || (defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11))
+#define MG_AMX
+extern const struct mg_kernels mg_amx;
+extern const struct mg_int8_attention mg_amx_int8;
+#endif
 #elif defined(__aarch64__)
 extern const struct mg_kernels mg_neon;
 extern const struct mg_int8_attention mg_neon_int8;

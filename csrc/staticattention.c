@@ -10,7 +10,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { TILE = 48 };             /* queries of a task */
+enum { TILE = 48 };             /* rounded up to max_rows, which is at most that: queries of a task */
 
 struct attention {
     const struct mg_kernels *kernels;
@@ -23,7 +23,7 @@ struct attention {
     size_t q_batch, q_row, k_batch, k_row, v_batch, v_row, gate_width;
     int causal;
     size_t group, n_head, t_q, t_k, d;
-    size_t n_query, tiles;      /* queries that share their keys: group * t_q; their tasks */
+    size_t n_query, tile, tiles;        /* queries that share their keys: group * t_q; of a task; tasks */
     size_t panels, head_bytes, sum_panels;      /* of keys; packed bytes of a head; panels of elements of values */
     int8_t *packed;             /* NULL: few queries.  For each head: keys, values, then start (keys) s32 */
     struct mg_scratch scratch;
@@ -219,8 +219,8 @@ static void attend_tile(void *context, size_t task, size_t worker)
     const struct attention *job = context;
     struct room room = room_of(job, worker);
     size_t batch = task / job->tiles / job->n_head, head = task / job->tiles % job->n_head;
-    size_t first = task % job->tiles * TILE, end = mg_min(first + TILE, job->n_query), rows = room_rows(job);
-    for (size_t i = first; i < end; i += rows)
+    size_t first = task % job->tiles * job->tile, end = mg_min(first + job->tile, job->n_query);
+    for (size_t i = first, rows = room_rows(job); i < end; i += rows)
         attend_rows(job, &room, batch, batch * job->n_query + i, head, mg_min(rows, end - i));
 }
 
@@ -240,7 +240,8 @@ static enum mg_status run(struct attention *job, size_t n_heads)
 static enum mg_status plan_and_run(struct attention *job, size_t n_shared)
 {
     job->n_query = job->group * job->t_q;
-    job->tiles = (job->n_query + TILE - 1) / TILE;
+    job->tile = mg_round_up(TILE, job->kernels->max_rows);
+    job->tiles = (job->n_query + job->tile - 1) / job->tile;
     job->panels = mg_round_up(job->t_k, MG_PANEL) / MG_PANEL;
     job->sum_panels = mg_round_up(job->d, MG_PANEL) / MG_PANEL;
     job->head_bytes = job->panels * (key_bytes(job) + MG_PANEL * sizeof(int32_t)) + job->sum_panels * value_bytes(job);

@@ -1,6 +1,8 @@
-"""The kernels of processors that these tests do not run on: tests/isas, compiled for AArch64 with the extension's own
-flags and sources, and run under an emulator, once with dot products and once without."""
+"""The kernels of processors that these tests do not run on: tests/isas, compiled with the extension's own sources and
+flags. For AArch64 it runs under an emulator, once with dot products and once without; for AMX it runs here, with tiles
+in plain C in the place of the processor's (tests/isas/amxemulation.h)."""
 
+import platform
 import runpy
 import shutil
 import subprocess
@@ -8,71 +10,110 @@ from pathlib import Path
 
 import pytest
 
+from minigate import kernels
+
 ROOT = Path(__file__).resolve().parent.parent
+CHECKS = ROOT / "tests" / "isas"
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 MISSING = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
 PACKAGES = "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"      # of Debian
 KERNELS = {"dot_panel, pack_rows", "score_panel", "sum_panel", "score_keys", "sum_values", "weigh", "finish",
            "quantize_row", "layer_norm_row", "attention"}
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {' and no '.join(MISSING)} (packages {PACKAGES})")
+SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+needs_arm = pytest.mark.skipif(bool(MISSING), reason=f"no {' and no '.join(MISSING)} (packages {PACKAGES})")
 
 
 def run(command, **options):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False, **options)
 
 
-def build(folder, *flags):
-    """The program, in a folder of its own."""
-    description = runpy.run_path(str(ROOT / "csrc" / "build.py"))
-    compiler = [COMPILER, *description["FLAGS"], "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", *flags]
-    checks = sorted((ROOT / "tests" / "isas").glob("*.c"))
-    steps = ([*compiler, "-c", *(ROOT / "csrc" / name for name in description["SOURCES"])],
-             [*compiler, "-O2", "-c", *checks])     # gcc 12.2 has an internal error on floats.c at -O3
-    for step in steps:
-        result = run(step, cwd=folder)
+def build(folder, compiler, steps, *link):
+    """The program, in a folder of its own; steps: files and the flags that they get besides the extension's."""
+    flags = [*description()["FLAGS"], "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
+    for files, more in steps:
+        result = run([compiler, *flags, *more, "-c", *files], cwd=folder)
         assert result.returncode == 0, result.stderr
-    result = run([*compiler, "-static", *folder.glob("*.o"), "-lm", "-o", folder / "isas"])
+    result = run([compiler, *flags, *folder.glob("*.o"), "-lm", "-o", folder / "isas", *link])
     assert result.returncode == 0, result.stderr
     return folder / "isas"
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("isas"))
+def description():
+    return runpy.run_path(str(ROOT / "csrc" / "build.py"))
+
+
+def sources():
+    return [ROOT / "csrc" / name for name in description()["SOURCES"]], sorted(CHECKS.glob("*.c"))
 
 
 def kernels_in(output):
     """What the program says that it has tested: instruction set -> kernels."""
-    found, kernels = {}, None
+    found, tested = {}, None
     for line in output.splitlines():
         if line.startswith("  "):
-            kernels.add(line.strip().partition(":")[0])
+            tested.add(line.strip().partition(":")[0])
         else:
-            kernels = found.setdefault(line, set())
+            tested = found.setdefault(line, set())
     return found
 
 
-def check(program, cpu, usable):
-    result = run([EMULATOR, "-cpu", cpu, program, *usable])
-    print(f"{cpu}:\n{result.stdout}{result.stderr}")
-    assert result.returncode == 0, f"{cpu}: {result.stdout.splitlines()[-1:]} {result.stderr}"
+def check(command, usable, wanted=KERNELS):
+    result = run([*command, *usable])
+    print(f"{command[:-1]}:\n{result.stdout}{result.stderr}")
+    assert result.returncode == 0, f"{result.stdout.splitlines()[-1:]} {result.stderr}"
     found = kernels_in(result.stdout)
     assert list(found) == [*usable, "all agree"]
-    assert all(found[name] >= KERNELS for name in usable if name != "portable")
+    assert all(found[name] >= wanted for name in usable if name != "portable")
 
 
+# ---- AArch64 ----
+
+def build_arm(folder, *flags):
+    csrc, checks = sources()     # gcc 12.2 has an internal error on floats.c at -O3
+    return build(folder, COMPILER, [(csrc, flags), (checks, [*flags, "-O2"])], *flags, "-static")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return build_arm(tmp_path_factory.mktemp("isas"))
+
+
+@needs_arm
 @pytest.mark.parametrize(("cpu", "usable"), [("cortex-a53", ["portable", "neon"]),
                                              ("max", ["portable", "neon", "neondot"])])
 def test_neon_equals_the_portable_kernels(program, cpu, usable):
-    check(program, cpu, usable)
+    check([EMULATOR, "-cpu", cpu, program], usable)
 
 
+@needs_arm
 @pytest.mark.slow
 def test_neon_has_no_undefined_behaviour(tmp_path):
-    program = build(tmp_path, "-O1", "-g", "-fsanitize=undefined", "-fno-sanitize-recover=all")
-    check(program, "max", ["portable", "neon", "neondot"])
+    program = build_arm(tmp_path, "-O1", "-g", "-fsanitize=undefined", "-fno-sanitize-recover=all")
+    check([EMULATOR, "-cpu", "max", program], ["portable", "neon", "neondot"])
 
 
+@needs_arm
 def test_a_processor_without_dot_products_is_not_taken_for_one_with_them(program):
     result = run([EMULATOR, "-cpu", "cortex-a53", program, "portable", "neon", "neondot"])
     assert result.returncode == 1 and "neondot is not usable, expected is neondot" in result.stdout
+
+
+# ---- AMX ----
+
+def reason_against_amx():
+    """What the program needs of this machine and does not find; "" if nothing."""
+    if platform.machine() != "x86_64":
+        return f"{platform.machine()} cannot run the rest of AMX's kernels"
+    if not kernels.isas().get("avx512vnni"):
+        return "cpu lacks avx512vnni, which runs the rest of AMX's kernels"
+    return "" if shutil.which("gcc") else "no gcc"
+
+
+@pytest.mark.skipif(bool(reason_against_amx()), reason=reason_against_amx())
+def test_emulated_amx_equals_the_portable_kernels(tmp_path):
+    csrc, checks = sources()
+    emulated = ["-O1", "-DMG_AMX_EMULATED", f"-I{CHECKS}"]
+    tiles = [path for path in csrc if path.name.startswith("amx")]
+    others = [path for path in csrc if path not in tiles]       # tests/sanitize.sh has those
+    program = build(tmp_path, "gcc", [(others, emulated), ([*tiles, *checks], [*emulated, *SANITIZERS])], *SANITIZERS)
+    check([program], ["portable", "avx2", "avx512vnni", "amx"])

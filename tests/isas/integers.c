@@ -80,14 +80,14 @@ void check_panels(void)
             for (enum fill fill = 0; fill < FILLS; fill++)
                 check_dot_panel(rows, SIZES[s], fill, fill == HIGH ? LOW : fill);
     for (enum fill of_w = LOW; of_w <= HIGH; of_w++)
-        check_dot_panel(2, MG_MAX_K, LOW, of_w);
+        check_dot_panel(4, MG_MAX_K, LOW, of_w);
     for (int of_sums = 0; of_sums < 2 && isa->int8->score_panel != NULL; of_sums++) {
         start_of(of_sums ? "sum_panel" : "score_panel");
         for (size_t rows = 1; rows <= isa->max_rows; rows++)
             for (size_t s = 0; s < N_SIZES; s++)
                 for (enum fill fill = 0; fill < FILLS; fill++)
                     check_int8_panel(of_sums, rows, SIZES[s], fill);
-        check_int8_panel(of_sums, 2, MG_MAX_ATTENTION, LOW);
+        check_int8_panel(of_sums, 4, MG_MAX_ATTENTION, LOW);
     }
 }
 

@@ -1,5 +1,5 @@
 /* Every table of kernels that this processor can use, for processors on which the Python tests cannot run: test_isas.py
-   compiles this program for them and runs it under an emulator.
+   compiles this program for them and runs it under an emulator, or with emulated instructions.
 
    usage: isas NAME...      the instruction sets that must be usable, in the order of the dispatcher, and no others
    Exit status 1 at the first difference. */
