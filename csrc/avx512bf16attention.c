@@ -8,7 +8,7 @@
 #include <string.h>
 
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
-enum { LANES = 16, VECTORS = MG_BF16_PANELS, WIDTH = LANES * VECTORS, TILE = MG_BF16_ROWS, KEYS = 256 };
+enum { LANES = 16, VECTORS = MG_BF16_PANELS, WIDTH = LANES * VECTORS, KEYS = 256 };
 
 /* What a block of queries keeps: packed keys and values of all keys seen, and for WIDTH queries at a time the rest. */
 struct state {
@@ -29,7 +29,7 @@ static size_t score_floats(size_t d) { return mg_max(KEYS * WIDTH, LANES * d); }
 size_t mg_avx512bf16_attend_words(size_t t_k, size_t d)
 {
     size_t k = key_panels(t_k) * pairs_of(d) * LANES, v = mg_round_up(t_k, KEYS) / 2 * value_panels(d) * LANES;
-    return k + v + (pairs_of(d) + KEYS / 2 + mg_round_up(d, TILE)) * WIDTH + score_floats(d);
+    return k + v + (pairs_of(d) + KEYS / 2 + d) * WIDTH + score_floats(d);
 }
 
 static struct state state_of(const struct mg_attention_block *b, size_t t_k, uint32_t *scratch)
@@ -70,7 +70,7 @@ TARGET static void load_queries(struct state *s, const struct mg_bf16 *bf16, siz
             for (size_t i = 0; i < b->d; i++)
                 rows[l * b->d + i] = b->q[first + at + l][i] * unit;
         if (rows_here > 0)
-            bf16->pack(s->q + panel * s->k_stride, s->k_stride, rows, b->d, 1, rows_here, b->d);
+            bf16->pack_b(s->q + panel * s->k_stride, s->k_stride, rows, b->d, 1, rows_here, b->d);
         s->seen[panel] = _mm512_loadu_si512(seen + at);
         s->top[panel] = _mm512_set1_ps(MG_LOWEST);
         s->sum[panel] = _mm512_setzero_ps();
@@ -126,10 +126,10 @@ TARGET static void normalise(struct state *s, size_t n, size_t vectors)
 static void multiply(const struct mg_bf16 *bf16, float *c, const uint32_t *a, size_t a_stride, const uint32_t *b,
                      size_t b_stride, size_t rows, size_t columns, size_t pairs, int add)
 {
-    for (size_t i = 0; i < rows; i += TILE) {
+    for (size_t i = 0; i < rows; i += bf16->rows) {
         struct mg_bf16_tile t = {.c = c + i * WIDTH, .a = a + i / LANES * a_stride + i % LANES, .b = b, .c_row = WIDTH,
-                                 .b_stride = b_stride, .rows = mg_min(TILE, rows - i), .columns = columns,
-                                 .pairs = pairs, .add = add};
+                                 .a_stride = a_stride, .b_stride = b_stride, .rows = mg_min(bf16->rows, rows - i),
+                                 .columns = columns, .pairs = pairs, .add = add};
         bf16->tile(&t);
     }
 }
@@ -180,10 +180,10 @@ void mg_avx512bf16_attend(const struct mg_bf16 *bf16, const struct mg_attention_
     for (size_t l = 0; l < b->n_query; l++)
         n_keys = mg_max(n_keys, b->seen[l]);
     struct state s = state_of(b, n_keys, scratch);
-    bf16->pack(s.k, s.k_stride, b->k, b->k_row, 1, n_keys, b->d);
+    bf16->pack_a(s.k, s.k_stride, b->k, b->k_row, 1, n_keys, b->d);
     for (size_t key = 0; key < n_keys; key += KEYS)
-        bf16->pack(s.v + key / KEYS * value_panels(b->d) * s.v_stride, s.v_stride, b->v + key * b->v_row, 1, b->v_row,
-                   b->d, mg_min(KEYS, n_keys - key));
+        bf16->pack_a(s.v + key / KEYS * value_panels(b->d) * s.v_stride, s.v_stride, b->v + key * b->v_row, 1,
+                     b->v_row, b->d, mg_min(KEYS, n_keys - key));
     for (size_t first = 0; first < b->n_query; first += WIDTH)
         attend_some(&s, bf16, first, mg_min(WIDTH, b->n_query - first));
 }

@@ -147,7 +147,7 @@ MG_INLINE float unit_of(size_t d) { return (float)(MG_LOG2_E / sqrt((double)d));
 
 static void pack(struct panels *to, const float *x, size_t x_row, size_t x_column, size_t rows, size_t k)
 {
-    mg_avx512bf16.pack(to->data, to->stride, x, x_row, x_column, rows, k);
+    mg_avx512bf16.pack_b(to->data, to->stride, x, x_row, x_column, rows, k);
 }
 
 /* -> the number of keys that the block's last query sees. */

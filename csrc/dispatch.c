@@ -168,12 +168,12 @@ static int all_usable(const char *words)
 
 int mg_isa_usable(size_t i) { return i < N_ISA && all_usable(needs[i]); }
 
-/* Beside the instruction set: some processors with VNNI have it, some have not. */
+/* Beside the instruction set: some processors with VNNI have it, some have not; AMX's packs with AVX-512's. */
 static const struct mg_bf16 *bf16_of(const struct mg_kernels *kernels)
 {
 #ifdef MG_AMX
     if (kernels == &mg_amx && all_usable("avx512_bf16"))
-        return &mg_avx512bf16;
+        return all_usable("amx_bf16") ? &mg_amxbf16 : &mg_avx512bf16;
 #endif
 #if defined(__x86_64__)
     if (kernels == &mg_avx512vnni && all_usable("avx512_bf16"))

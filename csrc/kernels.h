@@ -220,21 +220,25 @@ extern const struct mg_int8_attention mg_neondot_int8;
 const struct mg_kernels *mg_kernels(void);
 
 /* A tile of a product in bfloat16: c (rows, columns) [+]= bias + a b^T over some pairs of elements along k. */
-#define MG_BF16_ROWS 8          /* of a at a time */
 #define MG_BF16_PANELS 3        /* of b at a time, 16 columns each */
 #define MG_BF16_QUERIES 384     /* of attention that share packed keys and values */
 struct mg_bf16_tile {
     float *c;
-    const uint32_t *a, *b;      /* of a panel: pairs 16 apart; panels of b are b_stride apart */
+    const uint32_t *a, *b;      /* packed; panels are a_stride and b_stride apart */
     const float *bias;          /* NULL: zeros; not if add */
-    size_t c_row, b_stride, rows, columns, pairs;
+    size_t c_row, a_stride, b_stride, rows, columns, pairs;
     int add;
 };
 
-/* pack: rows of k elements x[r * x_row + i * x_column], one stride being 1, rounded to bfloat16, into panels of 16
-   rows, stride apart: pairs of elements, [pair][row], with zeros beyond the last row and beyond k. */
+/* pack_b: rows of k elements x[r * x_row + i * x_column], one stride being 1, rounded to bfloat16, into panels of 16
+   rows, stride apart: pairs of elements, [pair][row], with zeros beyond the last row and beyond k.  pack_a: panels of
+   another order perhaps, of which tile reads up to `rows` rows from panels + i / 16 * stride + i % 16 on. */
 struct mg_bf16 {
-    void (*pack)(uint32_t *panels, size_t stride, const float *x, size_t x_row, size_t x_column, size_t rows, size_t k);
+    size_t rows;                /* 8 or 16 */
+    void (*pack_a)(uint32_t *panels, size_t stride, const float *x, size_t x_row, size_t x_column, size_t rows,
+                   size_t k);
+    void (*pack_b)(uint32_t *panels, size_t stride, const float *x, size_t x_row, size_t x_column, size_t rows,
+                   size_t k);
     void (*tile)(const struct mg_bf16_tile *tile);
     size_t (*attend_words)(size_t t_k, size_t d);              /* size of scratch */
     void (*attend)(const struct mg_bf16 *self, const struct mg_attention_block *block, uint32_t *scratch);
@@ -243,6 +247,9 @@ struct mg_bf16 {
 };
 #if defined(__x86_64__)
 extern const struct mg_bf16 mg_avx512bf16;
+#ifdef MG_AMX
+extern const struct mg_bf16 mg_amxbf16;
+#endif
 size_t mg_avx512bf16_attend_words(size_t t_k, size_t d);
 void mg_avx512bf16_attend(const struct mg_bf16 *bf16, const struct mg_attention_block *block, uint32_t *scratch);
 size_t mg_avx512bf16_attend_backward_words(size_t t_k, size_t d);

@@ -27,8 +27,8 @@ static void pack_some(const struct product *p, uint32_t *to, const struct operan
                       size_t block)
 {
     size_t k0 = block * p->block;
-    p->kernels->pack(to, stride_of(p), o->x + first * o->row + k0 * o->column, o->row, o->column, rows,
-                     mg_min(p->block, p->k - k0));
+    (o == &p->a ? p->kernels->pack_a : p->kernels->pack_b)(to, stride_of(p), o->x + first * o->row + k0 * o->column,
+                                                           o->row, o->column, rows, mg_min(p->block, p->k - k0));
 }
 
 static void pack_shared(void *context, size_t task, size_t worker)
@@ -44,14 +44,14 @@ static void pack_shared(void *context, size_t task, size_t worker)
 static void multiply(const struct product *p, const uint32_t *a, const uint32_t *b, size_t row0, size_t rows,
                      size_t column0, size_t columns, size_t block)
 {
-    struct mg_bf16_tile t = {.c_row = p->n, .b_stride = stride_of(p), .add = block > 0,
+    struct mg_bf16_tile t = {.c_row = p->n, .a_stride = stride_of(p), .b_stride = stride_of(p), .add = block > 0,
                              .pairs = (mg_min(p->block, p->k - block * p->block) + 1) / 2};
     for (size_t j = 0; j < columns; j += 16 * MG_BF16_PANELS) {
         t.columns = mg_min(16 * MG_BF16_PANELS, columns - j);
         t.b = b + j / 16 * stride_of(p);
         t.bias = p->bias != NULL ? p->bias + column0 + j : NULL;
-        for (size_t i = 0; i < rows; i += MG_BF16_ROWS) {
-            t.rows = mg_min(MG_BF16_ROWS, rows - i);
+        for (size_t i = 0; i < rows; i += p->kernels->rows) {
+            t.rows = mg_min(p->kernels->rows, rows - i);
             t.a = a + i / 16 * stride_of(p) + i % 16;
             t.c = p->c + (row0 + i) * p->n + column0 + j;
             p->kernels->tile(&t);

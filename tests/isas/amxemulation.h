@@ -128,6 +128,36 @@ static inline void tmm_dpbusd(int c, int a, int b)
         }
 }
 
+/* Subnormal numbers count as zeros, and become zeros. */
+static inline float tmm_flush(float x) { return fabsf(x) < FLT_MIN ? copysignf(0.0f, x) : x; }
+
+static inline float tmm_bf16(const uint8_t *at)
+{
+    float x;
+    memcpy(&x, (const uint8_t[]){0, 0, at[0], at[1]}, sizeof x);
+    return tmm_flush(x);
+}
+
+/* Products of a row are summed by themselves, the first ones of pairs and the second ones apart; each step is rounded
+   once, to the nearest. */
+static inline void tmm_dpbf16ps(int c, int a, int b)
+{
+    tmm_check_product("tdpbf16ps", c, a, b);
+    const int n = mg_tmm.now.row_bytes[c] / 4;
+    for (int m = 0; m < mg_tmm.now.rows[c]; m++) {
+        float two[TMM_BYTES / 4][2] = {{0.0f}}, sums[TMM_BYTES / 4];
+        for (int k = 0; k < mg_tmm.now.rows[b]; k++)
+            for (int j = 0; j < n; j++)
+                for (int i = 0; i < 2; i++)
+                    two[j][i] = tmm_flush(fmaf(tmm_bf16(mg_tmm.tile[a][m] + 4 * k + 2 * i),
+                                               tmm_bf16(mg_tmm.tile[b][k] + 4 * j + 2 * i), two[j][i]));
+        memcpy(sums, mg_tmm.tile[c][m], sizeof sums);
+        for (int j = 0; j < n; j++)
+            sums[j] = tmm_flush(tmm_flush(sums[j]) + tmm_flush(two[j][0] + two[j][1]));
+        memcpy(mg_tmm.tile[c][m], sums, sizeof sums);
+    }
+}
+
 #undef _tile_loadconfig
 #undef _tile_storeconfig
 #undef _tile_release
@@ -135,6 +165,7 @@ static inline void tmm_dpbusd(int c, int a, int b)
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbusd
+#undef _tile_dpbf16ps
 #define _tile_loadconfig tmm_loadconfig
 #define _tile_storeconfig tmm_storeconfig
 #define _tile_release tmm_release
@@ -142,5 +173,6 @@ static inline void tmm_dpbusd(int c, int a, int b)
 #define _tile_loadd(tile, base, stride) tmm_loadd(tile, base, (long)(stride))
 #define _tile_stored(tile, base, stride) tmm_stored(tile, base, (long)(stride))
 #define _tile_dpbusd tmm_dpbusd
+#define _tile_dpbf16ps tmm_dpbf16ps
 
 #endif

@@ -35,5 +35,6 @@ void check_panels(void);
 void check_int8_rows(void);
 void check_rows(void);
 void check_interface(void);
+void check_bf16(void);     /* of instruction sets that have it */
 
 #endif

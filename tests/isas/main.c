@@ -159,6 +159,7 @@ int main(int argc, char **argv)
         check_int8_rows();
         check_rows();
         check_interface();
+        check_bf16();
         start_of("");
     }
     printf("all agree\n");
