@@ -193,6 +193,24 @@ static void check_products(size_t m, size_t n, size_t k)
     close_to(y, (float *)wanted, m * n, 0.0, "n, k", n, k);
 }
 
+/* Many rows of a product, quantized where they are made: exact without GELU. */
+static void check_quantized_rows(size_t m, size_t n, size_t k)
+{
+    const int8_t *a = bytes(0, m, k, RANDOM, -128), *w = bytes(1, n, k, RANDOM, -127);
+    int8_t *packed = array(2, mg_packed_bytes(n, k)), *q = output(3, m * n), *wanted_q = array(4, m * n);
+    float *scale = output(5, m * sizeof *scale), *wanted = array(6, m * sizeof *wanted);
+    const float *a_scale = floats(7, m), *w_scale = floats(8, n);
+    mg_pack_int8(packed, w, n, k);
+    use(portable);
+    mg_linear_int8_rows(wanted_q, wanted, a, a_scale, packed, w_scale, NULL, 0, m, n, k);
+    use(isa);
+    mg_linear_int8_rows(q, scale, a, a_scale, packed, w_scale, NULL, 0, m, n, k);
+    if (memcmp(q, wanted_q, m * n) != 0)
+        fail("m, n, k %zu, %zu, %zu: rows differ", m, n, k);
+    intact(q);
+    close_to(scale, wanted, m, 0.0, "n, k", n, k);
+}
+
 struct attention {
     size_t n_batch, group, n_head, t_q, t_k, d, gate_width;
     int causal;
@@ -275,6 +293,9 @@ void check_interface(void)
         check_products(7, 67, SIZES[s]);
         check_products(1, 100, SIZES[s]);
     }
+    start_of("linear_int8_rows");
+    check_quantized_rows(500, 129, 37);
+    check_quantized_rows(50, 129, 37);
     start_of("attention");
     for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
         struct attention c = CASES[i];
