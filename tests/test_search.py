@@ -130,7 +130,7 @@ def test_a_beam_without_possible_rows_is_done():
 
 
 @pytest.mark.parametrize("new", [lambda: Beam(4, 3, EOT, 1.0), lambda: Sampler([()] * 4, 1, EOT, 0.0),
-                                 lambda: Sampler([(5, i) for i in range(4)], 4, EOT, 0.8)])  # fmt: skip
+                                 lambda: Sampler([(6, i) for i in range(4)], 4, EOT, 0.8)])  # fmt: skip
 def test_windows_do_not_see_each_other(new):
     rows = [table(seed, possible=12) for seed in range(4)]
     together = run(new(), lambda window, tokens: rows[window](tokens), 12, windows=4)
