@@ -36,7 +36,7 @@ enum mg_status mg_set_threads(size_t n);
 size_t mg_threads(void);
 
 /* Memory of a large array, 64 bytes beyond a page's beginning, not cleared; NULL if there is none.  mg_give_memory keeps
-   16 MB for the arrays to come; mg_release_memory gives them back to the system. */
+   40 MB for the arrays to come; mg_release_memory gives them back to the system. */
 void *mg_take_memory(size_t bytes);
 void mg_give_memory(void *array);
 void mg_release_memory(void);

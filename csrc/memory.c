@@ -1,5 +1,5 @@
 /* Large arrays and scratch memory.  A layer's results are as large as those of the layer before: their memory is kept for it, since the
-   system's pages come zeroed, one fault after the other, which costs a sixth of an encoder's time.  What is kept lies
+   system's pages come zeroed, one fault after the other, which may cost a fifth of an encoder's time.  What is kept lies
    apart from the C library's heap, so that it can be given back whole. */
 #include "kernels.h"
 
@@ -10,7 +10,10 @@
 #ifndef MAP_ANONYMOUS
 #define MAP_ANONYMOUS MAP_ANON
 #endif
-#define KEPT_BYTES (16u << 20)  /* at most; one array at most a quarter of that */
+#ifndef MAP_POPULATE
+#define MAP_POPULATE 0
+#endif
+#define KEPT_BYTES (40u << 20)  /* at most; one array at most a quarter of that */
 #define SMALL_BYTES (32u << 10) /* from the C library */
 enum { HEADER = 64, MAX_KEPT = 64 };    /* bytes before an array, which hold its size; arrays */
 
@@ -64,7 +67,7 @@ void *mg_take_memory(size_t bytes)
     }
     if (array != NULL)
         return array;
-    void *block = mmap(NULL, bytes + HEADER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *block = mmap(NULL, bytes + HEADER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     return block == MAP_FAILED ? NULL : begin(block, bytes);
 }
 

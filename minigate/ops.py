@@ -76,7 +76,8 @@ class Float:
         frames = -(-x.shape[1] // stride)
         pieces = [self.linear(name, conv_rows(x, stride, 0, i, min(i + CONV_FRAMES, frames)), gelu=True)
                   for i in range(0, frames, CONV_FRAMES)]  # fmt: skip
-        return np.concatenate(pieces, axis=1)
+        y = kernels.empty((len(x), frames, pieces[0].shape[2]), pieces[0].dtype)
+        return np.concatenate(pieces, axis=1, out=y)
 
     def add_positions(self, name: str, x: np.ndarray) -> np.ndarray:
         """x (B, T, D) + the first T positions."""

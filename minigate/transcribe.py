@@ -139,7 +139,7 @@ class Transcription:
         heard, self._encoded = self._encoded, None
         if heard and np.array_equal(heard[0], mel):
             return heard[1]
-        if not self.seek:
+        if self.windows.n_frames is not None and self.windows.n_frames <= N_FRAMES:
             return self.model.encode(mel[None])
         kernels.release_memory()  # of the last window's decoder, and then of this one's encoder: not both at once
         xa = self.model.encode(mel[None])
