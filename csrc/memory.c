@@ -1,6 +1,6 @@
-/* Large arrays and scratch memory.  A layer's results are as large as those of the layer before: their memory is kept for it, since the
-   system's pages come zeroed, one fault after the other, which may cost a fifth of an encoder's time.  What is kept lies
-   apart from the C library's heap, so that it can be given back whole. */
+/* Large arrays and scratch memory.  A layer's results are as large as those of the layer before: their memory is kept
+   for it, since the system's pages come zeroed, one fault after the other, which may cost a fifth of an encoder's time.
+   What is kept lies apart from the C library's heap, so that it can be given back whole. */
 #include "kernels.h"
 
 #include <pthread.h>
@@ -13,7 +13,7 @@
 #ifndef MAP_POPULATE
 #define MAP_POPULATE 0
 #endif
-#define KEPT_BYTES (40u << 20)  /* at most; one array at most a quarter of that */
+#define KEPT_BYTES (40u << 20)  /* at most; one array at most half of that */
 #define SMALL_BYTES (32u << 10) /* from the C library */
 enum { HEADER = 64, MAX_KEPT = 64 };    /* bytes before an array, which hold its size; arrays */
 
@@ -80,7 +80,7 @@ void mg_give_memory(void *array)
         free((char *)array - HEADER);
         return;
     }
-    if (bytes > KEPT_BYTES / 4 || !lock()) {
+    if (bytes > KEPT_BYTES / 2 || !lock()) {
         unmap(array);
         return;
     }

@@ -2,8 +2,8 @@
 
 `Dynamic` is the scheme `w8a8-dynamic`: activations symmetric int8 with a scale per row, found at run time; products
 exact in int32. Layer norm and GELU are float32, and so is attention, but that the decoder's keys and values are stored
-in bfloat16, and that many queries are multiplied in it where the instruction set can. `WeightOnly`
-is the scheme `w8`: activations float32, weights expanded to float32 tile by tile. `w8a8-static` is in static.py.
+in bfloat16, and that many queries are multiplied in it where the instruction set can. `WeightOnly` is the scheme `w8`:
+activations float32, weights expanded to float32 tile by tile. `w8a8-static` is in static.py.
 
 B batch, T time, K inputs, N outputs, M = B T rows.
 """
@@ -15,13 +15,13 @@ import numpy as np
 
 from minigate import kernels, ops, reference, static_kernels
 
+TILE = 128 * 1024  # weights that are in memory as float32 at a time, 512 kB
+
 
 def is_cached(name: str) -> bool:
     """Whether a linear makes keys or values that the decoder keeps and reads anew for each token: bfloat16 halves what
     they take of memory and of its bandwidth."""
     return name.startswith("decoder.") and name.endswith((".key", ".value"))
-
-TILE = 128 * 1024  # weights that are in memory as float32 at a time, 512 kB
 
 
 class Rows(NamedTuple):
