@@ -4,7 +4,7 @@
 
 The encoder's and the decoder's weights are read once for all windows of a batch. The price: where a window ends is
 settled before its text is known, at the quietest point of its last 5 s, and no window has the text before it as a
-prompt. The initial prompt stands before each recording's windows, all of them. Where the language is to be detected,
+prompt. Where a text ends early, the rest of its window is listened to again, with other rests. The initial prompt stands before each recording's windows, all of them. Where the language is to be detected,
 the first 30 s of each recording are encoded once more, by themselves.
 
 A model of variable context hears a piece's own length, so that only pieces of one length go together: they are taken
@@ -39,6 +39,7 @@ from minigate.transcribe import (
 FRAMES_PER_S = SAMPLE_RATE // HOP_LENGTH
 SEARCHED = 5 * FRAMES_PER_S  # frames at a window's end in which it may be cut
 QUIET = FRAMES_PER_S // 5  # frames, 0.2 s, over which loudness is averaged
+LEAST_REST = FRAMES_PER_S  # frames without text at a window's end that are listened to again
 AHEAD = 4  # batches' worth of pieces among which those of one length are looked for
 
 
@@ -77,11 +78,26 @@ class BatchedTranscription(Transcription):
         whole_s = piece.n_frames * HOP_LENGTH / SAMPLE_RATE
         parts = [(0.0, whole_s, found.tokens)]
         if not self.options.without_timestamps:
-            parts = cut_whole(found.tokens, self.model.tokenizer.timestamp_begin, piece.n_frames,
-                              N_FRAMES // self.model.dims.n_audio_ctx)  # fmt: skip
+            parts, _ = self.cut(piece, found)
         segments = segments_of(self.model.tokenizer, found, parts, piece.seek, len(self.segments))
         self.segments += segments
         return segments
+
+    def cut(self, piece: "Piece", found: DecodingResult) -> tuple[list[tuple[float, float, list[int]]], int]:
+        return cut_whole(found.tokens, self.model.tokenizer.timestamp_begin, piece.n_frames,
+                         N_FRAMES // self.model.dims.n_audio_ctx)  # fmt: skip
+
+    def rest(self, piece: "Piece", found: DecodingResult) -> "Piece | None":
+        """What of a piece its text does not speak for, since it ends early; None where that is next to nothing."""
+        if self.options.without_timestamps or is_silence(found, self.options):
+            return None
+        advance = self.cut(piece, found)[1]
+        n_frames = piece.n_frames - advance
+        if advance <= 0 or n_frames < LEAST_REST:
+            return None
+        mel = np.zeros((len(piece.mel), N_FRAMES), np.float32)
+        mel[:, :n_frames] = piece.mel[:, advance : piece.n_frames]
+        return Piece(self, piece.seek + advance, mel[:, : context_frames(self.model, n_frames)], n_frames)
 
     def by_window(self) -> Iterator[list[Segment]]:
         for _, segments in decode_pieces(self.pieces(), self.options.batch_size):
@@ -107,15 +123,16 @@ def quietest(mel: np.ndarray) -> int:
 
 
 def cut_whole(tokens: list[int], timestamp_begin: int, n_frames: int, frames_per_step: int
-              ) -> list[tuple[float, float, list[int]]]:  # fmt: skip
+              ) -> tuple[list[tuple[float, float, list[int]]], int]:  # fmt: skip
     """As `transcribe.cut`, but text that follows the last pair of timestamps is a segment too, up to the window's end:
-    no later window will hear it again."""
-    parts, _ = cut(tokens, timestamp_begin, n_frames, frames_per_step)
+    the next window begins after it. -> segments, the frames that they speak for."""
+    parts, advance = cut(tokens, timestamp_begin, n_frames, frames_per_step)
     rest = tokens[sum(len(part) for _, _, part in parts) :]
     if any(token < timestamp_begin for token in rest):
         start_s = (rest[0] - timestamp_begin) * frames_per_step * HOP_LENGTH / SAMPLE_RATE
         parts.append((start_s, max(start_s, n_frames * HOP_LENGTH / SAMPLE_RATE), rest))
-    return parts
+        advance = n_frames
+    return parts, advance
 
 
 @dataclass(frozen=True)
@@ -204,17 +221,33 @@ def _kind(piece: Piece) -> int:
 
 
 def _decode_all(items: list, batch_size: int) -> Iterator[tuple[object, list[Segment] | None]]:
-    kinds: dict[int, list[Piece]] = {}
-    for item in items:
+    found = [[] for _ in items]  # of each piece, with its rests: (piece, result) one after the other
+    pieces = {i: item for i, item in enumerate(items) if isinstance(item, Piece)}
+    while pieces:
+        results = _decode_by_kind(list(pieces.values()), batch_size)
+        rests = {}
+        for (i, piece), result in zip(pieces.items(), results, strict=True):
+            found[i].append((piece, result))
+            rests[i] = piece.transcription.rest(piece, result)
+        pieces = {i: rest for i, rest in rests.items() if rest is not None}
+    for item, parts in zip(items, found, strict=True):
         if isinstance(item, Piece):
-            kinds.setdefault(_kind(item), []).append(item)
-    found: dict[int, DecodingResult] = {}
+            yield item, [s for piece, result in parts for s in item.transcription.take(piece, result)]
+        else:
+            yield item, None
+
+
+def _decode_by_kind(pieces: list[Piece], batch_size: int) -> list[DecodingResult]:
+    kinds: dict[int, list[int]] = {}
+    for i, piece in enumerate(pieces):
+        kinds.setdefault(_kind(piece), []).append(i)
+    results: list[DecodingResult | None] = [None] * len(pieces)
     for alike in kinds.values():
         for start in range(0, len(alike), batch_size):
             some = alike[start : start + batch_size]
-            found |= zip(map(id, some), _decode(some), strict=True)
-    for item in items:
-        yield item, item.transcription.take(item, found[id(item)]) if id(item) in found else None
+            for i, result in zip(some, _decode([pieces[i] for i in some]), strict=True):
+                results[i] = result
+    return results
 
 
 def _decode(pieces: list[Piece]) -> list[DecodingResult]:

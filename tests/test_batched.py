@@ -86,17 +86,18 @@ def test_pieces_cover_a_recording_and_nothing_is_heard_behind_a_cut():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "parts"),
+    ("tokens", "parts", "advance"),
     [
-        ([at(0), ASK, at(2), at(2), NOT, at(3)], [(0.0, 2.0, 3), (2.0, 3.0, 3)]),  # a single timestamp ends it
-        ([at(0), ASK, at(2), at(3), NOT], [(0.0, 2.0, 3), (3.0, 25.0, 2)]),  # the rest is not lost
-        ([at(0), ASK, at(2), at(2)], [(0.0, 2.0, 3)]),  # nothing follows
-        ([at(0), ASK], [(0.0, 25.0, 2)]),
-        ([], [(0.0, 25.0, 0)]),
+        ([at(0), ASK, at(2), at(2), NOT, at(3)], [(0.0, 2.0, 3), (2.0, 3.0, 3)], 2500),  # a single timestamp ends it
+        ([at(0), ASK, at(2), at(3), NOT], [(0.0, 2.0, 3), (3.0, 25.0, 2)], 2500),  # the rest is not lost
+        ([at(0), ASK, at(2), at(2)], [(0.0, 2.0, 3)], 200),  # it ends early
+        ([at(0), ASK], [(0.0, 25.0, 2)], 2500),
+        ([], [(0.0, 25.0, 0)], 2500),
     ],
 )
-def test_all_of_a_piece_is_cut_into_segments(tokens, parts):
-    found = cut_whole(tokens, BEGIN, 2500, 2)
+def test_all_of_a_piece_is_cut_into_segments(tokens, parts, advance):
+    found, spoken_for = cut_whole(tokens, BEGIN, 2500, 2)
+    assert spoken_for == advance
     assert [(pytest.approx(start), pytest.approx(end), len(part)) for start, end, part in found] == parts
     words = [token for token in tokens if token < BEGIN]
     assert [token for _, _, part in found for token in part if token < BEGIN] == words
@@ -136,6 +137,17 @@ def test_a_long_recording_in_one_batch():
     assert model.starts == [0] and model.calls[0][0] == 3
     again, model = run(texts, Windows(8000, pauses=(2800, 5500)), batch_size=2)
     assert again == result and model.starts == [0, 5500]
+
+
+def test_what_a_text_that_ends_early_leaves_is_listened_to_again():
+    early, other = [at(0), ASK, at(10), at(10)], [at(0), SO, at(2)]  # frame 1000 of a piece says 1
+    texts = {0: early, 1: [at(0), NOT, at(2), at(2)], 2800: other}
+    result, model = run(texts, Windows(5000, pauses=(2800,)), batch_size=2)
+    nots = [(seek, seek / 100, seek / 100 + 2, " not") for seek in range(1000, 2800, 200)]
+    assert times_and_texts(result) == [(0, 0.0, 10.0, " ask"), *nots, (2800, 28.0, 30.0, " so")]
+    assert [s.id for s in result.segments] == list(range(11)) and model.starts == [0] + 9 * [1]
+    result, _ = run({0: early}, Windows(1099), batch_size=2)
+    assert times_and_texts(result) == [(0, 0.0, 10.0, " ask")]
 
 
 def test_no_text_is_a_prompt_but_the_first_ones_and_hotwords():
