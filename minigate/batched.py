@@ -4,8 +4,9 @@
 
 The encoder's and the decoder's weights are read once for all windows of a batch. The price: where a window ends is
 settled before its text is known, at the quietest point of its last 5 s, and no window has the text before it as a
-prompt. Where a text ends early, the rest of its window is listened to again, with other rests. The initial prompt stands before each recording's windows, all of them. Where the language is to be detected,
-the first 30 s of each recording are encoded once more, by themselves.
+prompt. Where a text ends early, the rest of its window is listened to again, with other rests. The initial prompt
+stands before each recording's windows, all of them. Where the language is to be detected, the first 30 s of each
+recording are encoded once more, by themselves.
 
 A model of variable context hears a piece's own length, so that only pieces of one length go together: they are taken
 from the next few batches' worth.
