@@ -70,7 +70,7 @@ MG_INLINE TARGET void tile_of(const struct mg_bf16_tile *t, const size_t panels)
             b[p] = _mm512_load_si512(t->b + p * t->b_stride + i * 16);
         MG_UNROLL
         for (size_t r = 0; r < ROWS; r++) {
-            __m512i a = _mm512_set1_epi32((int)t->a[i * 16 + r]);
+            __m512i a = broadcast(t->a[i * 16 + r]);
             MG_UNROLL
             for (size_t p = 0; p < panels; p++)
                 c[r][p] = _mm512_dpbf16_ps(c[r][p], (__m512bh)a, (__m512bh)b[p]);

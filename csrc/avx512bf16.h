@@ -21,6 +21,16 @@ PACKING __m512i round_pairs(__m512 even, __m512 odd)
     return _mm512_permutexvar_epi16(order, round_two(even, odd));
 }
 
+/* A pair in every lane.  clang 16 fails where it sees what is broadcast become bfloat16. */
+PACKING __m512i broadcast(uint32_t pair)
+{
+    __m512i x = _mm512_set1_epi32((int)pair);
+#ifdef __clang__
+    __asm__("" : "+v"(x));
+#endif
+    return x;
+}
+
 /* Transposes 16 x 16 elements of 32 bits. */
 PACKING void transpose(__m512i x[16])
 {

@@ -2,12 +2,11 @@
    bfloat16 and all sums in float32.  Queries lie across the lanes, WIDTH at a time, as in avx512attention.c; products
    are tiles of the table that is given (avx512bf16.c), whose operands are packed once for all queries of the block. */
 #if defined(__x86_64__)
-#include "kernels.h"
+#include "avx512bf16.h"
 
-#include <immintrin.h>
 #include <string.h>
 
-#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define TARGET __attribute__((target(MG_AVX512BF16)))
 enum { LANES = 16, VECTORS = MG_BF16_PANELS, WIDTH = LANES * VECTORS, KEYS = 256 };
 
 /* What a block of queries keeps: packed keys and values of all keys seen, and for WIDTH queries at a time the rest. */
@@ -92,8 +91,6 @@ MG_INLINE TARGET void hide(struct state *s, size_t key, size_t n, size_t vectors
 /* Online softmax of n keys: p = 2^(score - top) with the new maximum, in pairs of keys; sums and o follow. */
 TARGET static void normalise(struct state *s, size_t n, size_t vectors)
 {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (size_t v = 0; v < vectors; v++) {
         const float *x = s->scores + v * LANES;
         uint32_t *p = s->p + v * s->v_stride;
@@ -105,8 +102,7 @@ TARGET static void normalise(struct state *s, size_t n, size_t vectors)
             if (j + 1 < n)
                 odd = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(x + (j + 1) * WIDTH), top));
             sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
-            __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-            _mm512_storeu_si512(p + j / 2 * LANES, _mm512_permutexvar_epi16(order, both));
+            _mm512_storeu_si512(p + j / 2 * LANES, round_pairs(even, odd));
         }
         s->top[v] = top;
         if (_mm512_cmpneq_ps_mask(before, top) == 0) {

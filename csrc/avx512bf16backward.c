@@ -3,12 +3,11 @@
    operands are packed in panels of 16 rows as in avx512bf16.c.  48 queries lie across the lanes, in 3 vectors or
    panels; what is summed over queries takes P and dscore row by row instead. */
 #if defined(__x86_64__)
-#include "kernels.h"
+#include "avx512bf16.h"
 
-#include <immintrin.h>
 #include <string.h>
 
-#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define TARGET __attribute__((target(MG_AVX512BF16)))
 enum { LANES = 16, VECTORS = 3, WIDTH = LANES * VECTORS, TILE = 8, KEYS = 48, COLUMNS = 2 };
 
 /* A packed operand: panels of 16 rows, `stride` apart. */
@@ -33,8 +32,6 @@ struct state {
 
 static size_t pairs_of(size_t n) { return (n + 1) / 2; }
 
-MG_INLINE TARGET __mmask16 mask_of(size_t left) { return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1); }
-
 /* 2^x for x up to about 1 */
 MG_INLINE TARGET __m512 exp2_of(__m512 x)
 {
@@ -48,14 +45,6 @@ MG_INLINE TARGET __m512 exp2_of(__m512 x)
     return _mm512_scalef_ps(p, n);
 }
 
-/* Two rows of 16, rounded, as pairs. */
-MG_INLINE TARGET __m512i pairs_from(__m512 even, __m512 odd)
-{
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-}
-
 /* c[r] += sum over pairs of a(r, pair) * b(pair, lanes), a's element at a[r * a_row + pair * a_pair]. */
 MG_INLINE TARGET void dots(__m512 c[TILE][VECTORS], const uint32_t *a, const size_t a_row, const size_t a_pair,
                            const uint32_t *b, size_t b_stride, size_t pairs, const size_t vectors)
@@ -67,7 +56,7 @@ MG_INLINE TARGET void dots(__m512 c[TILE][VECTORS], const uint32_t *a, const siz
             y[v] = _mm512_load_si512(b + v * b_stride + i * LANES);
         MG_UNROLL
         for (size_t r = 0; r < TILE; r++) {
-            __m512i x = _mm512_set1_epi32((int)a[r * a_row + i * a_pair]);
+            __m512i x = broadcast(a[r * a_row + i * a_pair]);
             MG_UNROLL
             for (size_t v = 0; v < vectors; v++)
                 c[r][v] = _mm512_dpbf16_ps(c[r][v], (__m512bh)x, (__m512bh)y[v]);
@@ -201,7 +190,7 @@ MG_INLINE TARGET void gradient_tile(const struct state *s, size_t key, size_t j,
         MG_UNROLL
         for (size_t v = 0; v < vectors; v++)
             _mm512_store_si512(s->dscore.data + v * s->dscore.stride + (j + r) / 2 * LANES,
-                               pairs_from(c[r][v], c[r + 1][v]));
+                               round_pairs(c[r][v], c[r + 1][v]));
     }
 }
 
