@@ -35,8 +35,8 @@ int mg_feature(size_t i);
 enum mg_status mg_set_threads(size_t n);
 size_t mg_threads(void);
 
-/* Memory of a large array, 64 bytes beyond a page's beginning, not cleared; NULL if there is none.  mg_give_memory keeps
-   40 MB for the arrays to come; mg_release_memory gives them back to the system. */
+/* Memory of an array on a 64 byte boundary, not cleared; NULL if there is none.  mg_give_memory keeps what large arrays
+   give back, 40 MiB at most, for the arrays to come; mg_release_memory gives it to the system. */
 void *mg_take_memory(size_t bytes);
 void mg_give_memory(void *array);
 void mg_release_memory(void);
@@ -57,8 +57,9 @@ enum mg_status mg_linear_int8(float *out, uint16_t *half, const int8_t *a, const
                               size_t m, size_t n, size_t k);
 
 /* mg_linear_int8 without residual and then mg_quantize_rows: q (m,n), scale (m). */
-enum mg_status mg_linear_int8_rows(int8_t *q, float *scale, const int8_t *a, const float *a_scale, const int8_t *packed,
-                                   const float *w_scale, const float *bias, int gelu, size_t m, size_t n, size_t k);
+enum mg_status mg_linear_int8_rows(int8_t *q, float *scale, const int8_t *a, const float *a_scale,
+                                   const int8_t *packed, const float *w_scale, const float *bias, int gelu, size_t m,
+                                   size_t n, size_t k);
 
 /* scale[i] = max_k |x[i][k]| / 127, q[i][k] = x[i][k] * (127 / max), rounded half to even.  A row whose maximum is below
    1e-30 counts as zero: q 0, scale 1.  x must be finite. */
@@ -68,7 +69,7 @@ enum mg_status mg_quantize_rows(int8_t *q, float *scale, const float *x, size_t 
 enum mg_status mg_layer_norm(float *out, const float *x, const float *weight, const float *bias, float eps,
                              size_t m, size_t n);
 
-/* mg_layer_norm, and mg_quantize_rows of its result; out may be NULL. */
+/* mg_layer_norm, and mg_quantize_rows of its result. */
 enum mg_status mg_layer_norm_rows(float *out, int8_t *q, float *scale, const float *x, const float *weight,
                                   const float *bias, float eps, size_t m, size_t n);
 

@@ -206,8 +206,9 @@ enum mg_status mg_attention(float *out, const float *q, const void *k, const voi
 {
     struct attention job = {
         .kernels = mg_kernels(), .bf16 = bf16 ? mg_bf16() : NULL, .out = out, .q = q, .k = k, .v = v,
-        .half = half, .gate = gate, .q_batch = q_batch, .q_row = q_row, .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width,
-        .causal = causal, .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d, .n_query = group * t_q};
+        .half = half, .gate = gate, .q_batch = q_batch, .q_row = q_row, .k_batch = k_batch, .k_row = k_row,
+        .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width, .causal = causal,
+        .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d, .n_query = group * t_q};
     if (t_k == 0 || group == 0 || n_batch % group != 0 || (causal && t_q > t_k))
         return MG_BAD_VALUE;
     if (gate != NULL && gate_width != 1 && gate_width != d)

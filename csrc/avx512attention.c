@@ -252,8 +252,8 @@ MG_INLINE TARGET void fetch(const void *x, const int half)
 }
 
 /* p[j] = q . key[j], times unit, for n <= SOME_KEYS keys; -> their maximum */
-MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, size_t k_row, size_t n, size_t d, float unit,
-                                  const int half)
+MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, size_t k_row, size_t n, size_t d,
+                                  float unit, const int half)
 {
     __m512 top = _mm512_set1_ps(MG_LOWEST);
     for (size_t j = 0; j < n; j += LANES) {
@@ -276,7 +276,7 @@ MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, siz
                 for (size_t v = 0; v < 4; v++)
                     c[r] = _mm512_fmadd_ps(x[v], load(at, v * LANES, mask[v], half), c[r]);
                 fetch(element(at, AHEAD * k_row, half), half);
-                at = element(at, j + r + 1 < n ? k_row : 0, half);        /* beyond the last key stand copies of it */
+                at = element(at, j + r + 1 < n ? k_row : 0, half);      /* beyond the last key stand copies of it */
             }
         }
         __m512 score = _mm512_mul_ps(sums_of(c), _mm512_set1_ps(unit));
@@ -299,8 +299,8 @@ TARGET static float weigh_some(float *p, float top, size_t n)
 }
 
 /* o = o * scale + sum_j p[j] * value[j] */
-MG_INLINE TARGET void add_some(float *o, float scale, const float *p, const void *value, size_t v_row, size_t n, size_t d,
-                               const int half)
+MG_INLINE TARGET void add_some(float *o, float scale, const float *p, const void *value, size_t v_row, size_t n,
+                               size_t d, const int half)
 {
     for (size_t i = 0; i < d; i += 4 * LANES) {
         const void *at = element(value, i, half);

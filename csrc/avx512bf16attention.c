@@ -42,12 +42,12 @@ static struct state state_of(const struct mg_attention_block *b, size_t t_k, uin
     return s;
 }
 
-/* 2^x for x <= 0, to a relative error of 8e-5: p is about to be rounded to 8 bits.  Adding 1.5 * 2^23 leaves the nearest
-   integer in the low bits; the coefficients minimize the error for |f| <= 1/2. */
+/* 2^x for x <= 0, to a relative error of 8e-5, since p is about to be rounded to 8 bits; NaN stays NaN.  Adding
+   1.5 * 2^23 leaves the nearest integer in the low bits; the coefficients minimize the error for |f| <= 1/2. */
 MG_INLINE TARGET __m512 exp2_of(__m512 x)
 {
     const __m512 magic = _mm512_set1_ps(12582912.0f);
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);      /* the second of them where it is NaN */
     __m512 n = _mm512_add_ps(x, magic), f = _mm512_sub_ps(x, _mm512_sub_ps(n, magic));
     __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.05517164963581466f), _mm512_set1_ps(0.24261116195647364f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6932609926350322f));

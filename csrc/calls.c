@@ -152,20 +152,21 @@ enum mg_status mg_linear_int8(float *out, uint16_t *half, const int8_t *a, const
     return run_product(&p, packed);
 }
 
-enum mg_status mg_linear_int8_rows(int8_t *q, float *scale, const int8_t *a, const float *a_scale, const int8_t *packed,
-                                   const float *w_scale, const float *bias, int gelu, size_t m, size_t n, size_t k)
+enum mg_status mg_linear_int8_rows(int8_t *q, float *scale, const int8_t *a, const float *a_scale,
+                                   const int8_t *packed, const float *w_scale, const float *bias, int gelu, size_t m,
+                                   size_t n, size_t k)
 {
     struct product p = {.rows = q, .row_scale = scale, .a = a, .a_scale = a_scale, .a_scale_step = 1,
                         .w_scale = w_scale, .bias = bias, .gelu = gelu, .m = m, .n = n, .k = k};
-    if (m > MANY_TILES * TILE_ROWS)
+    if (n > 0 && m > MANY_TILES * TILE_ROWS)
         return run_product(&p, packed);
-    float *x = malloc(mg_max(1, m * n * sizeof *x));    /* few rows: threads share their columns */
+    float *x = mg_take_memory(mg_max(1, m * n) * sizeof *x);    /* few rows: threads share their columns */
     if (x == NULL)
         return MG_NO_MEMORY;
     enum mg_status status = mg_linear_int8(x, NULL, a, a_scale, packed, w_scale, bias, NULL, gelu, m, n, k);
     if (status == MG_OK)
         status = mg_quantize_rows(q, scale, x, m, n);
-    free(x);
+    mg_give_memory(x);
     return status;
 }
 
@@ -232,7 +233,8 @@ enum mg_status mg_quantize_rows(int8_t *q, float *scale, const float *x, size_t 
 static void layer_norm_one(const struct rows *job, size_t i, float *room)
 {
     size_t at = i * job->n;
-    float *out = job->out.x != NULL ? job->out.x + at : room;
+    float *out = job->out.x + at;
+    (void)room;
     job->kernels->layer_norm_row(out, job->x.x + at, job->weight, job->bias, job->eps, job->n);
     if (job->q != NULL)
         job->scale[i] = job->kernels->quantize_row(job->q + at, out, job->n);
@@ -243,11 +245,7 @@ enum mg_status mg_layer_norm_rows(float *out, int8_t *q, float *scale, const flo
 {
     struct rows job = {.row = layer_norm_one, .q = q, .scale = scale, .out = {.x = out}, .x = {.x = x},
                        .weight = weight, .bias = bias, .eps = eps, .m = m, .n = n};
-    if (out == NULL && !mg_get_scratch(&job.scratch, n * sizeof(float), m))
-        return MG_NO_MEMORY;
-    enum mg_status status = run_rows(&job);
-    mg_free_scratch(&job.scratch);
-    return status;
+    return run_rows(&job);
 }
 
 enum mg_status mg_layer_norm(float *out, const float *x, const float *weight, const float *bias, float eps,

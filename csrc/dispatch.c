@@ -1,4 +1,5 @@
-/* Which instruction sets this process may use, and which one it does use: the only state besides the thread pool.
+/* Which instruction sets this process may use, and which one it does use: the only state besides the thread pool and
+   the memory that is kept.
    What the chip can (CPUID), what the operating system saves (XGETBV) and what this process may use are three answers;
    an instruction set is usable if all three are yes for all of its features.  On AArch64 NEON is part of
    the architecture, and for the rest the operating system gives one answer. */
@@ -183,12 +184,23 @@ static const struct mg_bf16 *bf16_of(const struct mg_kernels *kernels)
     return NULL;
 }
 
+/* Not chosen unasked: what has not run on its processor yet (amx.h). */
+static int is_untried(const struct mg_kernels *kernels)
+{
+#ifdef MG_AMX
+    return kernels == &mg_amx;
+#else
+    (void)kernels;
+    return 0;
+#endif
+}
+
 enum mg_status mg_use_isa(const char *name)
 {
     for (size_t i = N_ISA; i-- > 0;)
-        if ((name[0] == 0 || strcmp(name, isas[i]->name) == 0) && mg_isa_usable(i)) {
-            atomic_store(&current, isas[i]);
+        if ((name[0] == 0 ? !is_untried(isas[i]) : strcmp(name, isas[i]->name) == 0) && mg_isa_usable(i)) {
             atomic_store(&current_bf16, bf16_of(isas[i]));
+            atomic_store(&current, isas[i]);
             return MG_OK;
         }
     return MG_BAD_ISA;

@@ -14,7 +14,11 @@
 #define MAP_POPULATE 0
 #endif
 #define KEPT_BYTES (40u << 20)  /* at most; one array at most half of that */
-#define SMALL_BYTES (32u << 10) /* from the C library */
+#if defined(__SANITIZE_ADDRESS__)
+#define SMALL_BYTES SIZE_MAX    /* all from the C library, whose arrays are watched */
+#else
+#define SMALL_BYTES ((size_t)32 << 10)  /* from the C library */
+#endif
 enum { HEADER = 64, MAX_KEPT = 64 };    /* bytes before an array, which hold its size; arrays */
 
 static struct {

@@ -66,22 +66,22 @@ def features() -> dict[str, tuple[bool, bool, bool]]:
 
 
 def use_isa(name: str = "") -> str:
-    """Runs all kernels on an instruction set from now on ("": the fastest); -> its name.
+    """Runs all kernels on an instruction set from now on ("": the fastest, but not amx, see csrc/amx.h); -> its name.
 
     Raises UsageError if it is unknown or this process may not use it."""
     global _isa
     usable = usable_isas()
-    name = name or usable[-1]
-    if name not in usable:
+    if name and name not in usable:
         raise UsageError(f"MINIGATE_ISA: expected one of {', '.join(usable)}, got {name}")
-    if name != "numpy":
+    if compiled and name != "numpy":
         _check(lib.mg_use_isa(name.encode()))
-    _isa = name
-    return name
+        name = ffi.string(lib.mg_isa()).decode()
+    _isa = name or "numpy"
+    return _isa
 
 
 def isa() -> str:
-    """The instruction set in use: MINIGATE_ISA, else the fastest usable one; "numpy" stands for reference.py."""
+    """The instruction set in use: MINIGATE_ISA, else what use_isa() takes; "numpy" stands for reference.py."""
     if not _isa:
         use_isa(os.environ.get("MINIGATE_ISA", ""))
         if not compiled:

@@ -47,7 +47,7 @@ class Float:
     """float32, through BLAS and the float kernels. float16 parameters are widened once, here."""
 
     bf16 = False  # whether attention may multiply in bfloat16
-    packs = False  # whether large parameters are copied, so that only rows of tokens are read from the file later
+    packs = False  # whether what is int8 is copied, so that of it only rows of tokens are read from the file later
 
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
         self.gate_kind = metadata["gate"]["kind"]

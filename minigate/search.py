@@ -76,7 +76,7 @@ class Sampler:
         self.tokens = np.empty((windows * group, 0), int)
         self.sum_logprob = np.zeros(windows * group, np.float32)
         self.ended = np.zeros(windows * group, bool)
-        self.random = [Random(repr(seed)) for seed in seeds]
+        self.random = [Random(repr(tuple(map(int, seed)))) for seed in seeds]
 
     def step(self, logits: np.ndarray) -> None:
         """logits (rows, V), forbidden tokens at -inf: extend every row; one that has ended gets end tokens."""

@@ -63,10 +63,7 @@ class LazyTensors(Mapping[str, np.ndarray]):
 
         sparse: what will be wanted are a few rows, and pages around them shall not be read with them.
         """
-        if isinstance(self.mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            self.mapping.madvise(mmap.MADV_DONTNEED)
-            if sparse:
-                self.mapping.madvise(mmap.MADV_RANDOM)
+        _give_back(self.mapping, sparse)
         self._touched = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -127,24 +124,25 @@ def read(path: str | Path) -> tuple[dict[str, str], LazyTensors]:
     _check_tiling(path, spans, data.size)
     if checksum is not None:
         own = _checksum(checksum)
-        got = _crc32_of_rest(path, start, zlib.crc32(raw[:start].tobytes().replace(own, NO_CHECKSUM, 1)))
+        got = _crc32_of(data, zlib.crc32(raw[:start].tobytes().replace(own, NO_CHECKSUM, 1)), mapping)
         if own != _checksum(f"{got:08x}"):
             raise FileError(f"{path}: expected the CRC-32 {show(checksum)}, got {got:08x}: the file was altered")
     return metadata, LazyTensors({name: _entry(data, *span) for name, span in spans.items()}, mapping)
 
 
-def _crc32_of_rest(path: str | Path, start: int, crc: int) -> int:
-    """crc, of what stands before byte `start`, -> of the whole file; read piece by piece, so as not to fill memory."""
-    piece = memoryview(bytearray(1 << 20))
-    try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(start)
-            while n := file.readinto(piece):
-                crc = zlib.crc32(piece[:n], crc)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from None
+def _crc32_of(data: np.ndarray, crc: int, mapping: mmap.mmap | None) -> int:
+    """crc, of what stands before `data`, -> of both. Pages of a mapped file are given back on the way."""
+    for at in range(0, data.size, RESIDENT):
+        crc = zlib.crc32(data[at : at + RESIDENT], crc)
+        _give_back(mapping)
     return crc
 
+
+def _give_back(mapping: object, sparse: bool = False) -> None:
+    if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
+        if sparse:
+            mapping.madvise(mmap.MADV_RANDOM)
 
 
 def _checksum(digits: str) -> bytes:

@@ -90,7 +90,8 @@ def test_quantize_rows_equals_numpy(isa, rng):
         close(q * scale[:, None], x, np.abs(x).max() / 127)
 
 
-@pytest.mark.parametrize("shape", [(1, 130, 40), (7, 64, 64), (385, 70, 30), (432, 1, 4), (433, 129, 8), (0, 3, 4)])
+@pytest.mark.parametrize("shape", [(1, 130, 40), (7, 64, 64), (385, 70, 30), (432, 1, 4), (433, 129, 8), (0, 3, 4),
+                                   (400, 0, 4)])
 @pytest.mark.parametrize("gelu", [False, True])
 def test_linear_int8_rows_quantizes_the_rows_of_linear_int8(isa, shape, gelu, rng):
     m, n, k = shape     # more than 384 rows are quantized tile by tile

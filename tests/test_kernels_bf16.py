@@ -61,7 +61,7 @@ def test_attention_rejects_half_of_bf16(isa):
 
 CASES = [  # queries, keys, head size, causal, gate
     (9, 1, 1, False, None), (17, 130, 64, False, "head"), (50, 67, 17, True, "element"), (193, 300, 8, True, None),
-    (400, 257, 80, False, "element"), (10, 129, 450, False, "head"),
+    (400, 257, 80, False, "element"), (10, 129, 450, False, "head"), (9, 30, 800, False, None),
 ]  # fmt: skip
 
 
@@ -88,6 +88,16 @@ def test_attention_in_bf16_with_large_scores_does_not_overflow(rng):
     unit = np.float32(math.log2(math.e) / 8)
     close(kernels.attention(q, k, v, 1, bf16=True), exact_attention(narrow(q * unit) / unit, narrow(k), narrow(v), 1,
                                                                     False, None), 0.05)  # fmt: skip
+
+
+@pytest.mark.skipif(not tk.has_bf16(), reason="cpu lacks avx512_bf16")
+def test_attention_in_bf16_does_not_hide_what_is_not_finite(rng):
+    for spoil, value in (("q", np.nan), ("k", np.nan), ("k", np.inf), ("v", np.nan)):
+        x = {name: floats(rng, 1, 60, 64) for name in "qkv"}
+        x[spoil][0, 7, 3] = value
+        wrong = ~np.isfinite(kernels.attention(*x.values(), 1, bf16=True))
+        float32 = ~np.isfinite(kernels.attention(*x.values(), 1))
+        assert wrong.any() and np.array_equal(wrong, float32)
 
 
 @pytest.mark.parametrize("t_q", [1, 9, 60])

@@ -73,14 +73,6 @@ static inline void tmm_loadconfig(const void *memory)
 
 static inline void tmm_storeconfig(void *memory) { memcpy(memory, &mg_tmm.now, sizeof mg_tmm.now); }
 
-static inline void tmm_release(void) { memset(&mg_tmm, 0, sizeof mg_tmm); }
-
-static inline void tmm_zero(int t)
-{
-    tmm_check("tilezero", t);
-    memset(mg_tmm.tile[t], 0, sizeof mg_tmm.tile[t]);
-}
-
 static inline void tmm_loadd(int t, const void *base, long stride)
 {
     tmm_check("tileloadd", t);
@@ -160,16 +152,12 @@ static inline void tmm_dpbf16ps(int c, int a, int b)
 
 #undef _tile_loadconfig
 #undef _tile_storeconfig
-#undef _tile_release
-#undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbusd
 #undef _tile_dpbf16ps
 #define _tile_loadconfig tmm_loadconfig
 #define _tile_storeconfig tmm_storeconfig
-#define _tile_release tmm_release
-#define _tile_zero tmm_zero
 #define _tile_loadd(tile, base, stride) tmm_loadd(tile, base, (long)(stride))
 #define _tile_stored(tile, base, stride) tmm_stored(tile, base, (long)(stride))
 #define _tile_dpbusd tmm_dpbusd
