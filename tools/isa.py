@@ -29,7 +29,8 @@ def main() -> int:
     print("unusable:", " ".join(name for name, usable in kernels.isas().items() if not usable) or "none")
     forced = os.environ.get("MINIGATE_ISA", "")
     try:
-        print("chosen:", kernels.isa(), f"(MINIGATE_ISA={forced})" if forced else "(the fastest usable, amx left aside)")
+        reason = f"MINIGATE_ISA={forced}" if forced else "the fastest usable, amx left aside"
+        print("chosen:", kernels.isa(), f"({reason})")
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
