@@ -137,8 +137,9 @@ static void check_detection(int n, char **names)
     }
     if (found != n)
         fail("%d instruction sets are usable, expected %d", found, n);
-    if (mg_use_isa("") != MG_OK || strcmp(mg_isa(), names[n - 1]) != 0)
-        fail("%s is chosen, expected %s", mg_isa(), names[n - 1]);
+    const char *last = names[strcmp(names[n - 1], "amx") == 0 ? n - 2 : n - 1];    /* amx only where it is named */
+    if (mg_use_isa("") != MG_OK || strcmp(mg_isa(), last) != 0)
+        fail("%s is chosen, expected %s", mg_isa(), last);
 }
 
 int main(int argc, char **argv)
