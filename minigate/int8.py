@@ -47,6 +47,7 @@ class Int8Weights(ops.Float):
 
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
         self.scales = {name.removesuffix(".scale"): tensors[name] for name in tensors if name.endswith(".scale")}
+        self.room = kernels.Room()
         super().__init__(metadata, tensors)
 
     def is_parameter(self, name: str) -> bool:
@@ -61,7 +62,7 @@ class Int8Weights(ops.Float):
 
     def packed(self, q: np.ndarray) -> kernels.PackedInt8 | None:
         """q (N, K) -> the form for integer products, if there are any."""
-        return kernels.pack_int8(q)
+        return kernels.pack_int8(q, self.room)
 
     def token_rows(self, tokens: np.ndarray) -> np.ndarray:
         table = self.p["decoder.token_embedding.weight"]

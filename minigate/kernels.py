@@ -30,6 +30,8 @@ F32, F64, I8, U16 = (np.dtype(t) for t in (np.float32, np.float64, np.int8, np.u
 MAX_THREADS = 256
 MAX_K = 131072      # inputs of an integer product that int32 surely holds
 ALIGNMENT = 64      # bytes, of packed weights
+CHUNK = 32 << 20    # bytes of packed weights that are allocated at once
+HUGE_PAGE = 2 << 20  # bytes
 LARGE = 1 << 18     # bytes of an array whose memory is kept for the next one
 
 _isa = ""           # the chosen instruction set; "" until one is needed
@@ -179,27 +181,38 @@ def release_memory() -> None:
 
 # ---- integers ----
 
+class Room:
+    """Memory for the packed weights of a model, side by side in large chunks, for which NumPy asks for huge pages: a
+    token reads all of them once, and finding their small pages would take a tenth of its time."""
+
+    def __init__(self, chunk: int = CHUNK):
+        self._chunk, self._free = chunk, np.empty(0, I8)
+
+    def take(self, n: int) -> np.ndarray:
+        """-> (n,) int8 on a boundary of ALIGNMENT bytes. What is not taken of a chunk is never touched."""
+        if len(self._free) < n:
+            chunk = np.empty(max(n, self._chunk) + HUGE_PAGE, I8)
+            self._free = chunk[-chunk.ctypes.data % HUGE_PAGE:]
+        room, self._free = self._free[:n], self._free[n + -n % ALIGNMENT:]
+        return room
+
+
 class PackedInt8:
     """int8 weights (N, K) in the order in which the products read them; made by pack_int8()."""
 
     __slots__ = ("shape", "_plain", "_packed", "_pointer")
 
-    def __init__(self, q: np.ndarray):
+    def __init__(self, q: np.ndarray, room: "Room"):
         self.shape = q.shape
-        self._plain, self._packed, self._pointer = q, None, None
-        if compiled:
-            self.pointer()
-            self._plain = None
+        if not compiled:
+            self._plain = q
+            return
+        self._plain, self._packed = None, room.take(lib.mg_packed_bytes(*q.shape))
+        self._pointer = ffi.from_buffer(_BYTES, self._packed)
+        _check(lib.mg_pack_int8(self._pointer, ffi.from_buffer(_BYTES, q), *q.shape))
 
     def pointer(self):
         """The packed form (csrc/pack.c) as C reads it."""
-        if self._pointer is None:
-            size = lib.mg_packed_bytes(*self.shape)
-            room = np.empty(size + ALIGNMENT, I8)
-            start = -room.ctypes.data % ALIGNMENT
-            self._packed = room[start:start + size]
-            self._pointer = ffi.from_buffer(_BYTES, self._packed)
-            _check(lib.mg_pack_int8(self._pointer, ffi.from_buffer(_BYTES, self._plain), *self.shape))
         return self._pointer
 
     def plain(self) -> np.ndarray:
@@ -212,14 +225,15 @@ class PackedInt8:
         return self._plain
 
 
-def pack_int8(q: np.ndarray) -> PackedInt8:
-    """q (N, K) int8 in [-127, 127], at most MAX_K columns -> packed weights, which do not refer to q."""
+def pack_int8(q: np.ndarray, room: Room | None = None) -> PackedInt8:
+    """q (N, K) int8 in [-127, 127], at most MAX_K columns -> packed weights, which do not refer to q; in `room` with
+    others that live as long."""
     q = _matrix("q", q, None, I8)
     if q.shape[1] > MAX_K:
         raise ValueError(f"q: expected at most {MAX_K} columns, got {q.shape[1]}")
     if q.size and q.min() < -127:
         raise ValueError("q: expected weights from -127 to 127, got -128")
-    return PackedInt8(q)
+    return PackedInt8(q, room or Room(0))
 
 
 def matmul_int8(a: np.ndarray, w: PackedInt8) -> np.ndarray:

@@ -54,6 +54,18 @@ def test_packed_weights_give_the_plain_ones_back(shape, rng):
     assert kernels.pack_int8(w).shape == shape
 
 
+def test_packed_weights_share_a_room(rng):
+    room = kernels.Room(100_000)
+    some = [weights(rng, "random", *shape) for shape in [(70, 33), (300, 100), (64, 4), (1000, 200), (5, 9), (5, 9)]]
+    packed = [kernels.pack_int8(w, room) for w in some]
+    for w, p in zip(some, packed, strict=True):
+        assert np.array_equal(p.plain(), w)
+    if kernels.compiled:
+        at = [int(kernels.ffi.cast("uintptr_t", p.pointer())) for p in packed]
+        assert not any(address % kernels.ALIGNMENT for address in at)
+        assert at[1] - at[0] == 2 * 64 * 36 + 2 * 64 * 4  # panels and sums, csrc/pack.c
+
+
 def test_packed_weights_survive_a_change_of_instruction_set(isa, rng):
     w, a = weights(rng, "random", 70, 50), int8s(rng, "random", 3, 50)
     kernels.use_isa("numpy")
