@@ -141,6 +141,7 @@ const struct mg_kernels mg_amx = {
     .pack_rows = mg_avx512_pack_rows,
     .dot_panel = dot_panel,
     .finish = mg_avx512_finish,
+    .finish_tile = mg_avx512_finish_tile,
     .quantize_row = mg_avx512_quantize_row,
     .layer_norm_row = mg_avx512_layer_norm_row,
     .max_queries = 48,

@@ -79,11 +79,12 @@ MG_INLINE TARGET __mmask16 mask_of(size_t left) { return left >= 16 ? 0xffff : (
 MG_INLINE TARGET __m512 gelu_of(__m512 x)
 {
     static const float c[] = {MG_GELU_COEFFICIENTS};
-    __m512 a = _mm512_abs_ps(x), r = _mm512_set1_ps(c[7]);
+    __m512 a = _mm512_min_ps(_mm512_set1_ps(1e5f), _mm512_abs_ps(x)), r = _mm512_set1_ps(c[7]);     /* or NaN */
     MG_UNROLL
     for (int i = 6; i >= 0; i--)
         r = _mm512_fmadd_ps(r, a, _mm512_set1_ps(c[i]));
-    r = _mm512_div_ps(_mm512_set1_ps(1.0f), r);
+    __m512 guess = _mm512_rcp14_ps(r);
+    r = _mm512_mul_ps(guess, _mm512_fnmadd_ps(r, guess, _mm512_set1_ps(2.0f)));     /* 1 / r */
     r = _mm512_mul_ps(r, r);
     r = _mm512_mul_ps(r, r);
     r = _mm512_mul_ps(r, r);
@@ -136,6 +137,55 @@ TARGET void mg_avx512_finish(const struct mg_finish *f, size_t n)
     }
 }
 
+/* bfloat16, ties to even; NaN stays NaN. */
+MG_INLINE TARGET __m256i halves_of(__m512 x)
+{
+    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+/* What finish makes of each row, with factors and bias in registers. */
+TARGET void mg_avx512_finish_tile(const struct mg_finish_tile *t)
+{
+    const struct mg_finish *f = &t->row;
+    __m512 x[VECTORS], factor[VECTORS], bias[VECTORS];
+    int residual = f->residual.x != NULL || f->residual.q != NULL;
+    MG_UNROLL
+    for (size_t v = 0; v < VECTORS; v++) {
+        factor[v] = _mm512_loadu_ps(f->factor + 16 * v);
+        bias[v] = f->bias != NULL ? _mm512_loadu_ps(f->bias + 16 * v) : _mm512_setzero_ps();
+    }
+    for (size_t r = 0, at = 0; r < t->rows; r++, at += t->stride) {
+        __m512 scale = _mm512_set1_ps(t->scale[r * t->scale_step]);
+        MG_UNROLL
+        for (size_t v = 0; v < VECTORS; v++) {
+            __m512i sums = _mm512_loadu_si512(f->x.acc + r * MG_PANEL + 16 * v);
+            x[v] = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(scale, factor[v]));
+            x[v] = _mm512_add_ps(x[v], bias[v]);
+        }
+        if (f->gelu) {
+            MG_UNROLL
+            for (size_t v = 0; v < VECTORS; v++)
+                x[v] = gelu_of(x[v]);
+        }
+        if (residual) {
+            MG_UNROLL
+            for (size_t v = 0; v < VECTORS; v++)
+                x[v] = _mm512_add_ps(x[v], read_numbers(&f->residual, NULL, at + 16 * v, 0xffff));
+        }
+        MG_UNROLL
+        for (size_t v = 0; v < VECTORS; v++) {
+            if (t->half != NULL)
+                _mm256_storeu_si256((__m256i *)(t->half + at + 16 * v), halves_of(x[v]));
+            else
+                write_numbers(&f->out, x[v], at + 16 * v, 0xffff);
+        }
+    }
+}
+
 TARGET float mg_avx512_quantize_row(int8_t *q, const float *x, size_t n)
 {
     __m512 tops = _mm512_setzero_ps();
@@ -183,6 +233,7 @@ const struct mg_kernels mg_avx512vnni = {
     .pack_rows = mg_avx512_pack_rows,
     .dot_panel = dot_panel,
     .finish = mg_avx512_finish,
+    .finish_tile = mg_avx512_finish_tile,
     .quantize_row = mg_avx512_quantize_row,
     .layer_norm_row = mg_avx512_layer_norm_row,
     .max_queries = 48,

@@ -48,26 +48,39 @@ struct product {
     struct mg_scratch scratch;
 };
 
+static void finish_rows(const struct mg_kernels *kernels, const struct mg_finish_tile *t, size_t n)
+{
+    for (size_t r = 0; r < t->rows; r++) {
+        size_t at = r * t->stride;
+        float wide[MG_PANEL];
+        struct mg_finish f = t->row;
+        f.out = t->half != NULL ? (struct mg_target){.x = wide} : mg_target_at(f.out, at);
+        f.x.acc += r * MG_PANEL;
+        f.x.scale = t->scale[r * t->scale_step];
+        f.residual = mg_source_at(f.residual, at);
+        kernels->finish(&f, n);
+        for (size_t j = 0; t->half != NULL && j < n; j++)
+            t->half[at + j] = mg_to_bf16(wide[j]);
+    }
+}
+
 static void store_tile(const struct product *p, const int32_t *acc, size_t row, size_t rows, size_t column)
 {
-    size_t n = mg_min(MG_PANEL, p->n - column);
-    for (size_t r = row; r < row + rows; r++, acc += MG_PANEL) {
-        size_t at = r * p->n + column;
-        float wide[MG_PANEL];
-        struct mg_target out = mg_target_at(p->out, at - p->out_row * p->n);
-        if (p->acc != NULL) {
-            memcpy(p->acc + at, acc, n * sizeof *acc);
-            continue;
-        }
-        struct mg_finish f = {
-            .out = p->half != NULL ? (struct mg_target){.x = wide} : out,
-            .x = {.acc = acc, .scale = p->a_scale[r * p->a_scale_step]},
-            .residual = mg_source_at(p->residual, at), .factor = p->w_scale + column,
-            .bias = p->bias != NULL ? p->bias + column : NULL, .gelu = p->gelu};
-        p->kernels->finish(&f, n);
-        for (size_t j = 0; p->half != NULL && j < n; j++)
-            p->half[at + j] = mg_to_bf16(wide[j]);
-    }
+    size_t n = mg_min(MG_PANEL, p->n - column), at = row * p->n + column;
+    for (size_t r = 0; p->acc != NULL && r < rows; r++)
+        memcpy(p->acc + at + r * p->n, acc + r * MG_PANEL, n * sizeof *acc);
+    if (p->acc != NULL)
+        return;
+    struct mg_finish_tile t = {
+        .row = {.out = mg_target_at(p->out, at - p->out_row * p->n), .x = {.acc = acc},
+                .residual = mg_source_at(p->residual, at), .factor = p->w_scale + column,
+                .bias = p->bias != NULL ? p->bias + column : NULL, .gelu = p->gelu},
+        .scale = p->a_scale + row * p->a_scale_step, .half = p->half != NULL ? p->half + at : NULL,
+        .scale_step = p->a_scale_step, .stride = p->n, .rows = rows};
+    if (n == MG_PANEL && p->kernels->finish_tile != NULL)
+        p->kernels->finish_tile(&t);
+    else
+        finish_rows(p->kernels, &t, n);
 }
 
 static void quantize_some(const struct product *p, const float *x, size_t row, size_t rows)

@@ -99,6 +99,14 @@ struct mg_finish {
     int gelu;
 };
 
+/* Rows of an epilogue, of MG_PANEL numbers each, of which x is acc, with zero 0, and has a factor. */
+struct mg_finish_tile {
+    struct mg_finish row;       /* the first, but for x.scale; the next row of x.acc begins MG_PANEL further */
+    const float *scale;         /* of x, for each row, scale_step apart */
+    uint16_t *half;             /* where rows go as bfloat16, if not NULL, instead of row.out */
+    size_t scale_step, stride, rows;    /* stride: between rows of out, half and residual */
+};
+
 /* Kernels of attention in int8, see staticattention.c.  Sums of up to MG_MAX_ATTENTION products, exact. */
 struct mg_int8_attention {
     /* For more queries than this that share their keys, products are made of packed panels. */
@@ -145,6 +153,7 @@ struct mg_kernels {
     void (*dot_panel)(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *start, size_t rows, size_t k);
 
     void (*finish)(const struct mg_finish *f, size_t n);
+    void (*finish_tile)(const struct mg_finish_tile *t);    /* NULL: finish, row by row, is as fast */
 
     float (*quantize_row)(int8_t *q, const float *x, size_t n);     /* -> scale */
     void (*layer_norm_row)(float *out, const float *x, const float *weight, const float *bias, float eps, size_t n);
@@ -185,6 +194,7 @@ size_t mg_avx512_attend_backward_floats(size_t d);
 void mg_avx512_attend_backward(const struct mg_attention_head *head, float *scratch);
 void mg_avx512_pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k);
 void mg_avx512_finish(const struct mg_finish *f, size_t n);
+void mg_avx512_finish_tile(const struct mg_finish_tile *t);
 float mg_avx512_quantize_row(int8_t *q, const float *x, size_t n);
 void mg_avx512_layer_norm_row(float *out, const float *x, const float *weight, const float *bias, float eps, size_t n);
 void mg_avx512_score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,

@@ -76,6 +76,64 @@ static void check_finish(size_t n)
     }
 }
 
+static int same(float x, float y) { return x == y || (isnan(x) && isnan(y)); }
+
+/* A tile is its rows, bit for bit; target 0 to 2: float32, int8, bfloat16. */
+static void check_finish_tile_once(struct mg_finish_tile t, int target)
+{
+    enum { WIDEST = 3 * MG_PANEL };
+    float *x = output(4, WIDEST * sizeof *x), wide[MG_PANEL];
+    int8_t *q = output(5, WIDEST), wanted_q[MG_PANEL];
+    uint16_t *half = output(7, WIDEST * sizeof *half);
+    struct mg_target out = {.x = target == 0 ? x : NULL, .q = target == 1 ? q : NULL, .inverse = 20.0f, .zero = 13};
+    memset(x, 1, WIDEST * sizeof *x);
+    memset(q, 1, WIDEST);
+    memset(half, 1, WIDEST * sizeof *half);
+    t.row.out = target == 2 ? (struct mg_target){.x = NULL} : out;
+    t.half = target == 2 ? half : NULL;
+    isa->finish_tile(&t);
+    for (size_t r = 0; r < t.rows; r++) {
+        size_t at = r * t.stride;
+        struct mg_finish f = t.row;
+        f.out = target == 1 ? (struct mg_target){.q = wanted_q, .inverse = 20.0f, .zero = 13}
+                            : (struct mg_target){.x = wide};
+        f.x.acc += r * MG_PANEL;
+        f.x.scale = t.scale[r * t.scale_step];
+        f.residual = mg_source_at(f.residual, at);
+        isa->finish(&f, MG_PANEL);
+        for (size_t j = 0; j < MG_PANEL; j++) {
+            float half_wanted = mg_from_bf16(mg_to_bf16(wide[j])), got = mg_from_bf16(half[at + j]);
+            if (target == 0 ? !same(x[at + j], wide[j]) : target == 1 ? q[at + j] != wanted_q[j] : !same(got, half_wanted))
+                fail("row %zu: element %zu differs from finish's, target %d", r, j, target);
+        }
+    }
+    intact(x);
+    intact(q);
+    intact(half);
+}
+
+static void check_finish_tile(void)
+{
+    enum { ROWS = 3, SIZE = ROWS * MG_PANEL };
+    for (unsigned i = 0; i < 3 * 3 * 8; i++) {
+        int target = (int)(i % 3), residual = (int)(i / 3 % 3) - 1;
+        unsigned options = i / 9;
+        float *bias = floats(2, MG_PANEL), *scale = floats(3, ROWS);
+        for (size_t r = 0; r < ROWS; r++)
+            scale[r] *= 1e-9f;
+        bias[5] = options & 4 ? NAN : bias[5];
+        bias[6] = options & 4 ? INFINITY : bias[6];
+        struct mg_finish_tile t = {.row = {.x = source(2, 0, SIZE), .factor = floats(1, MG_PANEL),
+                                           .bias = options & 1 ? bias : NULL, .gelu = options & 2},
+                                   .scale = scale, .scale_step = options & 1, .stride = MG_PANEL,
+                                   .rows = ROWS};
+        t.row.x.zero = 0;
+        if (residual >= 0)
+            t.row.residual = source(residual, 6, SIZE);
+        check_finish_tile_once(t, target);
+    }
+}
+
 /* Ties, numbers off the grid and what is no number: as portable rounds and clips them. */
 static void check_rounding(void)
 {
@@ -150,6 +208,8 @@ void check_rows(void)
     start_of("finish");
     for (size_t s = 0; s < N_SIZES; s++)
         check_finish(SIZES[s]);
+    if (isa->finish_tile != NULL)
+        check_finish_tile();
     check_rounding();
     check_gelu();
     start_of("quantize_row");
