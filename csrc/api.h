@@ -83,11 +83,13 @@ enum mg_status mg_finish(float *out, const float *x, const float *bias, const fl
    elements between batches and between rows; row b of the batch attends to k[b / group].
    half: k and v are bfloat16 (uint16_t), else float.
    gate: NULL, or (n_batch, t_q, n_head*gate_width) dense, gate_width 1 or d.
-   bf16: where mg_has_bf16() and queries are many, q / sqrt(d), k, v and the softmax are rounded to bfloat16.
+   precision: of many queries, where the instruction set can.  MG_BF16: q / sqrt(d), k, v and the softmax are rounded to
+   bfloat16.  MG_INT8: to 8 bits with scales found on the way (dynamicattention.c); all numbers are finite.
    MG_BAD_VALUE: t_k is 0, group does not divide n_batch, gate_width is neither, or causal and t_q > t_k. */
+enum mg_precision { MG_FLOAT32, MG_BF16, MG_INT8 };
 enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, int half, const float *gate,
                             size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch, size_t v_row,
-                            size_t gate_width, int causal, int bf16,
+                            size_t gate_width, int causal, enum mg_precision precision,
                             size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d);
 
 /* ---- w8a8-static ---- */

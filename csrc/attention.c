@@ -199,13 +199,20 @@ static enum mg_status attend_few(struct attention *job, size_t n_shared)
     return MG_OK;
 }
 
+/* Whether queries are many, and the instruction set multiplies them in int8. */
+static int is_for_int8(const struct attention *job)
+{
+    const struct mg_int8_attention *int8 = job->kernels->int8;
+    return job->n_query > job->kernels->few_queries && int8->weighs_some && job->d <= MG_MAX_ATTENTION;
+}
+
 enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, int half, const float *gate,
                             size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch, size_t v_row,
-                            size_t gate_width, int causal, int bf16,
+                            size_t gate_width, int causal, enum mg_precision precision,
                             size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d)
 {
     struct attention job = {
-        .kernels = mg_kernels(), .bf16 = bf16 ? mg_bf16() : NULL, .out = out, .q = q, .k = k, .v = v,
+        .kernels = mg_kernels(), .bf16 = precision == MG_BF16 ? mg_bf16() : NULL, .out = out, .q = q, .k = k, .v = v,
         .half = half, .gate = gate, .q_batch = q_batch, .q_row = q_row, .k_batch = k_batch, .k_row = k_row,
         .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width, .causal = causal,
         .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d, .n_query = group * t_q};
@@ -215,6 +222,13 @@ enum mg_status mg_attention(float *out, const float *q, const void *k, const voi
         return MG_BAD_VALUE;
     if (n_batch == 0 || n_head == 0 || d == 0 || t_q == 0)
         return MG_OK;
+    if (precision == MG_INT8 && is_for_int8(&job)) {
+        struct mg_attention_call call = {
+            .out = out, .q = q, .k = k, .v = v, .half = half, .gate = gate, .q_batch = q_batch, .q_row = q_row,
+            .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width,
+            .causal = causal, .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d};
+        return mg_attend_int8(&call, n_batch / group);
+    }
     if (job.n_query <= job.kernels->few_queries)
         return attend_few(&job, n_batch / group);
     return attend_many(&job, n_batch / group);

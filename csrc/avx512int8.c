@@ -79,6 +79,53 @@ TARGET uint32_t mg_avx512_weigh(uint8_t *p, int32_t *scores, size_t stride, size
     return (uint32_t)_mm512_reduce_add_epi32(total);
 }
 
+/* 255 * 2^x for x <= 0, to a relative error of 8e-5, since it is about to be rounded to 8 bits.  Adding 1.5 * 2^23
+   leaves the nearest integer in the low bits; the coefficients minimize the error for |f| <= 1/2. */
+MG_INLINE TARGET __m512 weight_of(__m512 x)
+{
+    const __m512 magic = _mm512_set1_ps(12582912.0f);
+    x = _mm512_max_ps(_mm512_set1_ps(-100.0f), x);
+    __m512 n = _mm512_add_ps(x, magic), f = _mm512_sub_ps(x, _mm512_sub_ps(n, magic));
+    __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(14.06877066f), _mm512_set1_ps(61.8658463f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(176.78155313f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(254.98165818f));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+}
+
+/* All scores of MG_WEIGHED keys stay in registers; those from n on do not count. */
+MG_INLINE TARGET float weigh_vectors(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
+                                     float scale, float *top)
+{
+    enum { VECTORS = MG_WEIGHED / LANES };
+    __m512 x[VECTORS], tops = _mm512_set1_ps(MG_LOWEST), sum = _mm512_setzero_ps();
+    MG_UNROLL
+    for (size_t v = 0; v < VECTORS; v++) {
+        size_t j = v * LANES;
+        __mmask16 mask = mask_of(n > j ? n - j : 0);
+        __m512i number = _mm512_loadu_si512(scores + j / MG_PANEL * stride + j % MG_PANEL);
+        x[v] = _mm512_mul_ps(_mm512_cvtepi32_ps(number), _mm512_maskz_loadu_ps(mask, key_scale + j));
+        tops = _mm512_mask_max_ps(tops, mask, tops, x[v]);
+    }
+    __m512 unit = _mm512_set1_ps(scale), largest = _mm512_set1_ps(_mm512_reduce_max_ps(tops));
+    *top = scale * _mm512_cvtss_f32(largest);
+    MG_UNROLL
+    for (size_t v = 0; v < VECTORS; v++) {
+        __mmask16 mask = mask_of(n > v * LANES ? n - v * LANES : 0);
+        __m512 e = weight_of(_mm512_mul_ps(_mm512_sub_ps(x[v], largest), unit));
+        sum = _mm512_mask_add_ps(sum, mask, sum, e);
+        _mm_mask_storeu_epi8(p + v * LANES, mask, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(e)));
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+TARGET float mg_avx512_weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
+                                  float scale, float *top)
+{
+    if (n == MG_WEIGHED)
+        return weigh_vectors(p, scores, stride, key_scale, MG_WEIGHED, scale, top);
+    return weigh_vectors(p, scores, stride, key_scale, n, scale, top);
+}
+
 /* ---- rows: few queries ---- */
 
 /* The sums of 16 vectors, in a vector. */
@@ -168,6 +215,8 @@ const struct mg_int8_attention mg_avx512_int8 = {
     .sum_panel = dot_bytes,
     .score_keys = mg_avx512_score_keys,
     .weigh = mg_avx512_weigh,
+    .weighs_some = 1,
+    .weigh_some = mg_avx512_weigh_some,
     .sum_values = mg_avx512_sum_values,
 };
 #endif

@@ -118,7 +118,7 @@ MG_INLINE TARGET void write_numbers(const struct mg_target *t, __m512 x, size_t 
     x = _mm512_max_ps(x, _mm512_set1_ps((float)(-128 - t->zero)));      /* the second of them where x is NaN */
     x = _mm512_min_ps(x, _mm512_set1_ps((float)(127 - t->zero)));
     __m512i steps = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(t->zero));
-    _mm512_mask_cvtsepi32_storeu_epi8(t->q + i, mask, steps);
+    _mm_mask_storeu_epi8(t->q + i, mask, _mm512_cvtsepi32_epi8(steps));
 }
 
 TARGET void mg_avx512_finish(const struct mg_finish *f, size_t n)
@@ -200,7 +200,7 @@ TARGET float mg_avx512_quantize_row(int8_t *q, const float *x, size_t n)
     for (size_t i = 0; i < n; i += 16) {
         __mmask16 mask = mask_of(n - i);
         __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
-        _mm512_mask_cvtsepi32_storeu_epi8(q + i, mask, rounded);
+        _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtsepi32_epi8(rounded));
     }
     return top / 127.0f;
 }

@@ -48,8 +48,12 @@ struct product {
     struct mg_scratch scratch;
 };
 
-static void finish_rows(const struct mg_kernels *kernels, const struct mg_finish_tile *t, size_t n)
+void mg_finish_rows(const struct mg_kernels *kernels, const struct mg_finish_tile *t, size_t n)
 {
+    if (n == MG_PANEL && kernels->finish_tile != NULL) {
+        kernels->finish_tile(t);
+        return;
+    }
     for (size_t r = 0; r < t->rows; r++) {
         size_t at = r * t->stride;
         float wide[MG_PANEL];
@@ -77,10 +81,7 @@ static void store_tile(const struct product *p, const int32_t *acc, size_t row, 
                 .bias = p->bias != NULL ? p->bias + column : NULL, .gelu = p->gelu},
         .scale = p->a_scale + row * p->a_scale_step, .half = p->half != NULL ? p->half + at : NULL,
         .scale_step = p->a_scale_step, .stride = p->n, .rows = rows};
-    if (n == MG_PANEL && p->kernels->finish_tile != NULL)
-        p->kernels->finish_tile(&t);
-    else
-        finish_rows(p->kernels, &t, n);
+    mg_finish_rows(p->kernels, &t, n);
 }
 
 static void quantize_some(const struct product *p, const float *x, size_t row, size_t rows)

@@ -15,6 +15,7 @@
 #define MG_MAX_ATTENTION 32768  /* 2 * 32768 * 255 * 128 < 2^31: differences of scores */
 #define MG_PANEL 64             /* columns of a weight panel */
 #define MG_KEYS 64              /* keys that attention takes at a time */
+#define MG_WEIGHED 256          /* keys that share a scale of their probabilities in int8 */
 #define MG_LOWEST -1e30f        /* before the first maximum */
 
 #define MG_INLINE static inline __attribute__((always_inline))
@@ -126,6 +127,14 @@ struct mg_int8_attention {
        apart; -> the sum of p.  scores are overwritten. */
     uint32_t (*weigh)(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
 
+    /* Of n scores, 1 to MG_WEIGHED, as base-2 logarithms: x[j] = scale * key_scale[j] * scores[j], scale and key_scale at
+       least 0, scores as those of weigh with room for MG_WEIGHED; top: the largest x; p[j] = rint(255 * 2^(x[j] - top)); -> the sum of these
+       before they are rounded.  weighs_some: attention in int8 by this and score_panel is faster than in float32; with
+       AVX2 it is not. */
+    int weighs_some;
+    float (*weigh_some)(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n, float scale,
+                        float *top);
+
     /* acc[i] = sum_j p[j] * v[j][i] for n values; p is as in sum_panel and 0 from n up to the next multiple of 4, acc has
        room for d rounded up to MG_PANEL. */
     void (*sum_values)(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d);
@@ -200,6 +209,8 @@ void mg_avx512_layer_norm_row(float *out, const float *x, const float *weight, c
 void mg_avx512_score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
                           size_t d);
 uint32_t mg_avx512_weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
+float mg_avx512_weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
+                           float scale, float *top);
 void mg_avx512_sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d);
 /* Tiles, which Linux alone hands out, for functions of their targets; or in plain C, see tests/isas/amxemulation.h. */
 #if defined(MG_AMX_EMULATED) || (defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11))
@@ -228,6 +239,26 @@ extern const struct mg_int8_attention mg_neondot_int8;
 #endif
 
 const struct mg_kernels *mg_kernels(void);
+
+/* What mg_attention is asked for, see api.h. */
+struct mg_attention_call {
+    float *out;
+    const float *q, *gate;
+    const void *k, *v;          /* float, or if half bfloat16 */
+    int half;
+    size_t q_batch, q_row, k_batch, k_row, v_batch, v_row, gate_width;
+    int causal;
+    size_t group, n_head, t_q, t_k, d;
+};
+enum mg_status mg_attend_int8(const struct mg_attention_call *call, size_t n_shared);   /* dynamicattention.c */
+
+/* One key as a column of its panel; -> the sum of its elements.  Four values as a group of rows of their panels, which
+   are panel_bytes apart. */
+int32_t mg_pack_key(int8_t *panel, const int8_t *key, size_t column, size_t d);
+void mg_pack_values(int8_t *panels, size_t panel_bytes, const int8_t *const *value, size_t d);
+
+/* finish_tile, for any instruction set and n <= MG_PANEL numbers of a row. */
+void mg_finish_rows(const struct mg_kernels *kernels, const struct mg_finish_tile *t, size_t n);
 
 /* A tile of a product in bfloat16: c (rows, columns) [+]= bias + a b^T over some pairs of elements along k. */
 #define MG_BF16_PANELS 3        /* of b at a time, 16 columns each */

@@ -55,3 +55,33 @@ enum mg_status mg_pack_int8(int8_t *packed, const int8_t *w, size_t n, size_t k)
     mg_run(pack_panel, &job, panels, MG_MAX_THREADS);
     return atomic_load(&job.bad) ? MG_BAD_VALUE : MG_OK;
 }
+
+/* ---- keys and values of attention ---- */
+
+int32_t mg_pack_key(int8_t *panel, const int8_t *key, size_t column, size_t d)
+{
+    int32_t sum = 0;
+    for (size_t i = 0; i < d; i += 4) {
+        int8_t *to = panel + i * MG_PANEL + 4 * column;
+        if (d - i >= 4) {
+            memcpy(to, key + i, 4);
+        } else {
+            memset(to, 0, 4);
+            memcpy(to, key + i, d - i);
+        }
+    }
+    for (size_t i = 0; i < d; i++)
+        sum += key[i];
+    return sum;
+}
+
+void mg_pack_values(int8_t *panels, size_t panel_bytes, const int8_t *const *value, size_t d)
+{
+    for (size_t column = 0; column < d; column += MG_PANEL, panels += panel_bytes) {
+        size_t n = mg_min(MG_PANEL, d - column);
+        for (size_t i = 0; i < n; i++)
+            for (size_t r = 0; r < 4; r++)
+                panels[4 * i + r] = value[r][column + i];
+        memset(panels + 4 * n, 0, 4 * (MG_PANEL - n));
+    }
+}

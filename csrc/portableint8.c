@@ -52,6 +52,24 @@ static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, floa
     return total;
 }
 
+static float weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n, float scale,
+                        float *top)
+{
+    const float shift = 12582912.0f;    /* as above */
+    float x[MG_WEIGHED], lanes[MG_LANES] = {0}, largest = MG_LOWEST;
+    for (size_t j = 0; j < n; j++) {
+        x[j] = (float)scores[j / MG_PANEL * stride + j % MG_PANEL] * key_scale[j];
+        largest = x[j] > largest ? x[j] : largest;
+    }
+    *top = largest * scale;
+    for (size_t j = 0; j < n; j++) {
+        float e = 255.0f * mg_exp2((x[j] - largest) * scale);
+        lanes[j % MG_LANES] += e;
+        p[j] = (uint8_t)(e + shift - shift);
+    }
+    return mg_total(lanes);
+}
+
 static void sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d)
 {
     memset(acc, 0, d * sizeof *acc);
@@ -67,5 +85,6 @@ const struct mg_int8_attention mg_portable_int8 = {
     .few_queries = SIZE_MAX,    /* no panels */
     .score_keys = score_keys,
     .weigh = weigh,
+    .weigh_some = weigh_some,
     .sum_values = sum_values,
 };

@@ -45,36 +45,6 @@ static struct head head_of(const struct attention *job, size_t index)
     return (struct head){at, values, (int32_t *)(values + job->sum_panels * value_bytes(job))};
 }
 
-/* One key as a column of its panel; -> the sum of its elements. */
-static int32_t pack_key(int8_t *panel, const int8_t *key, size_t column, size_t d)
-{
-    int32_t sum = 0;
-    for (size_t i = 0; i < d; i += 4) {
-        int8_t *to = panel + i * MG_PANEL + 4 * column;
-        if (d - i >= 4) {
-            memcpy(to, key + i, 4);
-        } else {
-            memset(to, 0, 4);
-            memcpy(to, key + i, d - i);
-        }
-    }
-    for (size_t i = 0; i < d; i++)
-        sum += key[i];
-    return sum;
-}
-
-/* Four values as a group of rows of their panels. */
-static void pack_values(int8_t *panels, size_t panel_bytes, const int8_t *const *value, size_t d)
-{
-    for (size_t column = 0; column < d; column += MG_PANEL, panels += panel_bytes) {
-        size_t n = mg_min(MG_PANEL, d - column);
-        for (size_t i = 0; i < n; i++)
-            for (size_t r = 0; r < 4; r++)
-                panels[4 * i + r] = value[r][column + i];
-        memset(panels + 4 * n, 0, 4 * (MG_PANEL - n));
-    }
-}
-
 /* MG_PANEL keys and values of a head; beyond the last stand copies of it. */
 static void pack_some(void *context, size_t task, size_t worker)
 {
@@ -86,14 +56,14 @@ static void pack_some(void *context, size_t task, size_t worker)
     (void)worker;
     for (size_t j = panel * MG_PANEL; j < (panel + 1) * MG_PANEL; j++) {
         const int8_t *key = k + mg_min(j, last) * job->k_row;
-        int32_t sum = pack_key(head.keys + panel * key_bytes(job), key, j % MG_PANEL, job->d);
+        int32_t sum = mg_pack_key(head.keys + panel * key_bytes(job), key, j % MG_PANEL, job->d);
         head.start[j] = -(128 + job->q_zero) * sum;     /* queries are offset by 128 */
     }
     for (size_t j = panel * MG_PANEL; j < (panel + 1) * MG_PANEL; j += 4) {
         const int8_t *value[4];
         for (size_t r = 0; r < 4; r++)
             value[r] = v + mg_min(j + r, last) * job->v_row;
-        pack_values(head.values + j * MG_PANEL, value_bytes(job), value, job->d);
+        mg_pack_values(head.values + j * MG_PANEL, value_bytes(job), value, job->d);
     }
 }
 

@@ -1,9 +1,10 @@
 """The coarse operators of `model.py` on int8 weights, w ≈ scale * q with a scale per channel or per tensor.
 
 `Dynamic` is the scheme `w8a8-dynamic`: activations symmetric int8 with a scale per row, found at run time; products
-exact in int32. Layer norm and GELU are float32, and so is attention, but that the decoder's keys and values are stored
-in bfloat16, and that many queries are multiplied in it where the instruction set can. `WeightOnly` is the scheme `w8`:
-activations float32, weights expanded to float32 tile by tile. `w8a8-static` is in static.py.
+exact in int32. Layer norm and GELU are float32. So is attention, but that the encoder's is multiplied in int8 where the
+instruction set gains by it, and that the decoder's keys and values are stored in bfloat16, and many queries multiplied
+in it where the instruction set can. `WeightOnly` is the scheme `w8`: activations float32, weights expanded to float32
+tile by tile. `w8a8-static` is in static.py.
 
 B batch, T time, K inputs, N outputs, M = B T rows.
 """
@@ -74,8 +75,6 @@ class Int8Weights(ops.Float):
 class Dynamic(Int8Weights):
     """Everything that is int8 in the model file is computed in int8."""
 
-    bf16 = True
-
     def norm(self, name: str, x: np.ndarray) -> Rows:
         if name == "decoder.ln" and self.turns(name):
             return self.rows(super().norm(name, x))
@@ -107,6 +106,9 @@ class Dynamic(Int8Weights):
 
     def attention(self, name: str, q, k, v, h: Rows, n_head: int, causal: bool) -> np.ndarray:
         return super().attention(name, q, k, v, h.x, n_head, causal)
+
+    def precision(self, name: str) -> str:
+        return "bf16" if name.startswith("decoder.") else "int8"
 
 
 class WeightOnly(Int8Weights):

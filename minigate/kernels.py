@@ -25,6 +25,7 @@ else:
     compiled, _missing = True, ""
     _FLOATS, _INTS, _BYTES = ffi.typeof("float[]"), ffi.typeof("int32_t[]"), ffi.typeof("int8_t[]")
     _HALVES = ffi.typeof("uint16_t[]")
+    _PRECISIONS = {"float32": lib.MG_FLOAT32, "bf16": lib.MG_BF16, "int8": lib.MG_INT8}
 
 F32, F64, I8, U16 = (np.dtype(t) for t in (np.float32, np.float64, np.int8, np.uint16))
 MAX_THREADS = 256
@@ -374,13 +375,14 @@ def _view(x) -> tuple:
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=False, gate=None,
-              bf16=False) -> np.ndarray:
+              precision="float32") -> np.ndarray:
     """softmax(q kᵀ / sqrt(D / H)) v * gate, head by head -> (B, Tq, D), without a Tq x Tk matrix in memory.
 
     q (B, Tq, D); k, v (Bk, Tk, D), Bk divides B and row b attends to k[b // (B // Bk)]; all may be views with strides.
     k and v may be bfloat16 (uint16 for NumPy) beside a q of float32.
     gate: None, (B, Tq, H) or (B, Tq, D). causal: query i sees keys j <= i + Tk - Tq, which needs Tq <= Tk.
-    bf16: many queries may be multiplied in bfloat16 where the instruction set can, with float32 sums."""
+    precision: of many queries, where the instruction set can; float32, bf16, or int8 with scales found on the way
+    (csrc/dynamicattention.c), where all numbers are finite."""
     dtype = _float_type("q", q)
     q = _strided("q", q, q.shape if q.ndim == 3 else (None, None, None), dtype)
     n_batch, t_q, n_state = q.shape
@@ -405,6 +407,6 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=F
     out = empty((n_batch, t_q, n_state), F32)
     (q_data, *q_strides), (k_data, *k_strides), (v_data, *v_strides) = _view(q), _view(k), _view(v)
     _check(lib.mg_attention(_floats(out), q_data, k_data, v_data, half, _floats(gate), *q_strides, *k_strides,
-                            *v_strides, gate_width, causal, bf16, n_batch, n_batch // k_batch, n_head, t_q, t_k,
-                            n_state // n_head))
+                            *v_strides, gate_width, causal, _PRECISIONS[precision], n_batch, n_batch // k_batch, n_head,
+                            t_q, t_k, n_state // n_head))
     return out

@@ -46,7 +46,6 @@ def conv_weight(matrix: np.ndarray) -> np.ndarray:
 class Float:
     """float32, through BLAS and the float kernels. float16 parameters are widened once, here."""
 
-    bf16 = False  # whether attention may multiply in bfloat16
     packs = False  # whether what is int8 is copied, so that of it only rows of tokens are read from the file later
 
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
@@ -131,7 +130,11 @@ class Float:
     def attention(self, name: str, q, k, v, h, n_head: int, causal: bool) -> np.ndarray:
         """q h (B, T_q, D), k v (B or fewer, T_k, D) -> (B, T_q, D)."""
         g = gate(self.gate_kind, h, self.gates.get(name), n_head, self.gate_scale)
-        return kernels.attention(q, k, v, n_head, causal=causal, gate=g, bf16=self.bf16)
+        return kernels.attention(q, k, v, n_head, causal, g, self.precision(name))
+
+    def precision(self, name: str) -> str:
+        """In what attention `name` multiplies many queries, as `kernels.attention` has it."""
+        return "float32"
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """x (B, T, D) -> (B, T, V), through the token embedding."""

@@ -118,7 +118,7 @@ def test_the_extension_rejects_what_python_would_have_caught():
     assert lib.mg_pack_int8(pointer(packed), q, 1, 8) == lib.MG_BAD_VALUE
     assert lib.mg_set_threads(0) == lib.MG_BAD_VALUE
     assert lib.mg_use_isa(b"mmx") == lib.MG_BAD_ISA
-    sizes = dict(gate_width=1, causal=0, bf16=0, n_batch=2, group=1, n_head=1, t_q=2, t_k=2, d=2)
+    sizes = dict(gate_width=1, causal=0, precision=2, n_batch=2, group=1, n_head=1, t_q=2, t_k=2, d=2)
     for change in ({"t_k": 0}, {"group": 0}, {"n_batch": 3, "group": 2}, {"t_q": 3, "causal": 1}, {"gate_width": 3}):
         assert lib.mg_attention(x, x, x, x, 0, x, *[0] * 6, *{**sizes, **change}.values()) == lib.MG_BAD_VALUE
 
@@ -132,7 +132,7 @@ def all_kernels(rng):
     q, scale = kernels.quantize_rows(x)
     return [kernels.matmul_int8(a, kernels.pack_int8(w)), kernels.matmul_int8(a[:1], kernels.pack_int8(w)), q, scale,
             kernels.layer_norm(x, x[0], x[1]), kernels.gelu(x), kernels.attention(y, y, y, 6),
-            kernels.attention(y[:, :1], y, y, 6)]
+            kernels.attention(y[:, :1], y, y, 6), kernels.attention(y, y, y, 6, precision="int8")]
 
 
 def same(results, wanted):

@@ -74,11 +74,11 @@ def test_attention_of_many_queries_in_bf16(case, rng):
     g = {None: None, "head": floats(rng, 2, t_q, 2), "element": floats(rng, 2, t_q, 2 * d)}[gate]
     unit = np.float32(math.log2(math.e) / math.sqrt(d))
     wanted = exact_attention(narrow(q * unit) / unit, narrow(k), narrow(v), 2, causal, g)
-    got = kernels.attention(q, k, v, 2, causal, g, bf16=True)
+    got = kernels.attention(q, k, v, 2, causal, g, precision="bf16")
     close(got, wanted, PROBABILITY_ERROR * abs(v).max() * (1 if g is None else abs(g).max()))
     if t_k > 1:
         assert not np.array_equal(got, kernels.attention(q, k, v, 2, causal, g))
-        half = kernels.attention(q, reference.to_bf16(k), reference.to_bf16(v), 2, causal, g, bf16=True)
+        half = kernels.attention(q, *map(reference.to_bf16, (k, v)), 2, causal, g, "bf16")
         assert np.array_equal(half, got)
 
 
@@ -86,8 +86,8 @@ def test_attention_of_many_queries_in_bf16(case, rng):
 def test_attention_in_bf16_with_large_scores_does_not_overflow(rng):
     q, k, v = floats(rng, 1, 60, 64) * 1000, floats(rng, 1, 200, 64), floats(rng, 1, 200, 64)
     unit = np.float32(math.log2(math.e) / 8)
-    close(kernels.attention(q, k, v, 1, bf16=True), exact_attention(narrow(q * unit) / unit, narrow(k), narrow(v), 1,
-                                                                    False, None), 0.05)  # fmt: skip
+    wanted = exact_attention(narrow(q * unit) / unit, narrow(k), narrow(v), 1, False, None)
+    close(kernels.attention(q, k, v, 1, precision="bf16"), wanted, 0.05)
 
 
 @pytest.mark.skipif(not tk.has_bf16(), reason="cpu lacks avx512_bf16")
@@ -95,7 +95,7 @@ def test_attention_in_bf16_does_not_hide_what_is_not_finite(rng):
     for spoil, value in (("q", np.nan), ("k", np.nan), ("k", np.inf), ("v", np.nan)):
         x = {name: floats(rng, 1, 60, 64) for name in "qkv"}
         x[spoil][0, 7, 3] = value
-        wrong = ~np.isfinite(kernels.attention(*x.values(), 1, bf16=True))
+        wrong = ~np.isfinite(kernels.attention(*x.values(), 1, precision="bf16"))
         float32 = ~np.isfinite(kernels.attention(*x.values(), 1))
         assert wrong.any() and np.array_equal(wrong, float32)
 
@@ -111,6 +111,6 @@ def test_attention_in_bf16_keeps_to_its_arrays(compiled_isa, t_q, d, half, rng):
     held = [at_page_end(reference.to_bf16(x) if half else x, keep) for x in (k, v)]
     room, out = guarded((t_q, row), np.float32)
     status = lib.mg_attention(pointer(out), pointer(q), *map(pointer, held), half, pointer(gate), 0, row, 0, row, 0,
-                              row, d, False, True, 1, 1, n_head, t_q, t_k, d)  # fmt: skip
+                              row, d, False, lib.MG_BF16, 1, 1, n_head, t_q, t_k, d)  # fmt: skip
     assert status == lib.MG_OK and unharmed(room)
     close(out, exact_attention(q[None], k[None], v[None], n_head, False, gate[None])[0], 0.06)

@@ -31,8 +31,7 @@ TURNS = 20000  # of peak.c's loops in a call, under 0.1 ms
 UNITS = {"TOPS": 1e12, "TFLOP/s": 1e12, "GB/s": 1e9}  # operations or bytes a second
 FLOATS = ("float32", "bf16")
 RELATIVE = 4e-6  # of a float32 result, relative to the largest magnitude
-ATTENTION_RELATIVE = 6e-6  # both sides sum in float32
-BF16_RELATIVE = 1e-2
+ATTENTION = {"float32": 6e-6, "bf16": 1e-2, "int8": 5e-2}  # of attention's result; both sides sum in float32
 Run = Callable[[], object]
 
 
@@ -162,19 +161,19 @@ class Makers:
 
         return Case(name, run, check, n * k, "GB/s", *reading(count * n * k, self.threads), lambda: x @ w_float())
 
-    def attention(self, name: str, n_state: int, n_head: int, bf16: bool) -> Case:
+    def attention(self, name: str, n_state: int, n_head: int, precision: str) -> Case:
         q, k, v = (floats(self.rng, 1, T, n_state) for _ in range(3))
 
         def run():
-            return kernels.attention(q, k, v, n_head, bf16=bf16)
+            return kernels.attention(q, k, v, n_head, precision=precision)
 
         def by_numpy():
             return reference.attention(q, k, v, n_head)
 
         def check():
-            close(name, run(), by_numpy(), BF16_RELATIVE if bf16 else ATTENTION_RELATIVE)
+            close(name, run(), by_numpy(), ATTENTION[precision])
 
-        roof = self.peaks("bf16" if bf16 else "float32", self.threads)
+        roof = self.peaks(precision, self.threads)
         return Case(name, run, check, 4.0 * T * T * n_state, "TFLOP/s", *roof, by_numpy)
 
     def static_attention(self, name: str, n_state: int, n_head: int) -> Case:
@@ -209,7 +208,7 @@ class Makers:
 
         def check():
             for _ in range(count):
-                close(name, run(), by_numpy(), BF16_RELATIVE if bf16 else ATTENTION_RELATIVE)
+                close(name, run(), by_numpy(), ATTENTION["bf16" if bf16 else "float32"])
 
         return Case(name, run, check, n_bytes, "GB/s", *reading(count * n_bytes, self.threads), by_numpy)
 
@@ -255,7 +254,7 @@ def cases(peaks: Peaks, threads: int, only: str = "") -> Iterator[Case]:
     for n_state, n_head in HEADS:
         sizes = dict(n_state=n_state, n_head=n_head)
         many, one = f"attention {T}×{T}×{n_state}", f"attention 1×{T}×{n_state}"
-        makers |= {f"{many}, {kind}": partial(make.attention, bf16=kind == "bf16", **sizes) for kind in FLOATS}
+        makers |= {f"{many}, {kind}": partial(make.attention, precision=kind, **sizes) for kind in ATTENTION}
         makers[f"{many}, static int8"] = partial(make.static_attention, **sizes)
         makers |= {f"{one}, keys in {kind}": partial(make.one_query, bf16=kind == "bf16", **sizes) for kind in FLOATS}
     for n_state, _ in HEADS:

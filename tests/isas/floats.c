@@ -8,6 +8,7 @@ static const double GELU_ERROR = 1e-6;          /* absolute, of two results that
 static const double RELATIVE = 2e-6;            /* of a float32 result, relative to the largest magnitude */
 static const double LAYER_NORM_ERROR = 5e-6;    /* of numbers of order 1; 2e-4 for rows of a few elements */
 static const double ATTENTION_ERROR = 3e-6;     /* of averages of values of order 1, with scores of order 1 */
+static const double INT8_ERROR = 0.1;           /* of the same in int8 */
 static const double LSE_ERROR = 5e-6;
 static const double BACKWARD_ERROR = 5e-6;
 
@@ -276,7 +277,7 @@ struct attention {
     int causal;
 };
 
-static void check_attention(const struct attention *c, float size, double error)
+static void check_attention(const struct attention *c, enum mg_precision precision, float size, double error)
 {
     size_t row = c->n_head * c->d, n_q = c->n_batch * c->t_q, n_k = c->n_batch / c->group * c->t_k;
     float *q = floats(0, n_q * row), *k = floats(1, n_k * row), *v = floats(2, n_k * row);
@@ -287,7 +288,8 @@ static void check_attention(const struct attention *c, float size, double error)
     for (int of_isa = 0; of_isa < 2; of_isa++) {
         use(of_isa ? isa : portable);
         mg_attention(of_isa ? out : wanted, q, k, v, 0, gate, c->t_q * row, row, c->t_k * row, row, c->t_k * row, row,
-                     c->gate_width, c->causal, 0, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
+                     c->gate_width, c->causal, of_isa ? precision : MG_FLOAT32, c->n_batch, c->group, c->n_head,
+                     c->t_q, c->t_k, c->d);
     }
     close_to(out, wanted, n_q * row, gate != NULL ? 3.5 * error : error, "queries, keys", n_q, n_k);
 }
@@ -360,8 +362,14 @@ void check_interface(void)
     for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
         struct attention c = CASES[i];
         c.gate_width = c.gate_width > 1 ? c.d : c.gate_width;
-        check_attention(&c, 1.0f, 2 * ATTENTION_ERROR);
-        check_attention(&c, 40.0f, 4e-4);       /* scores of order 100, where float32 leaves 1e-5 in the exponent */
+        check_attention(&c, MG_FLOAT32, 1.0f, 2 * ATTENTION_ERROR);
+        check_attention(&c, MG_FLOAT32, 40.0f, 4e-4);   /* scores of order 100, where float32 leaves 1e-5 in the exponent */
+    }
+    start_of("attention in int8");  /* of few queries, or where float32 is as fast, float32 */
+    for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
+        struct attention c = CASES[i];
+        c.gate_width = c.gate_width > 1 ? c.d : c.gate_width;
+        check_attention(&c, MG_INT8, 1.0f, INT8_ERROR);
     }
     start_of("attention of training");
     for (int causal = 0; causal < 2; causal++)

@@ -4,6 +4,7 @@
 #include <string.h>
 
 static const double P_ERROR = 1e-3;             /* of 255 times a probability before it is rounded */
+static const double SOME_ERROR = 1e-4;          /* relative, of the same where it is rounded alone */
 
 /* ---- integer products ---- */
 
@@ -156,6 +157,36 @@ static void check_weigh(size_t n, size_t stride, double unit)
     intact(p);
 }
 
+/* p and its sum in float64, from scores of which MG_PANEL at a time are dense, each with a scale. */
+static void check_weigh_some(size_t n, size_t stride, double unit)
+{
+    static double x[MG_WEIGHED];
+    size_t room = (MG_WEIGHED / MG_PANEL - 1) * stride + MG_PANEL;
+    int32_t *scores = (int32_t *)bytes(0, room, sizeof *scores, RANDOM, -128);
+    float *scale = floats(2, n), top = 0.0f;
+    uint8_t *p = output(1, n);
+    double sum = 0.0, largest = -INFINITY;
+    for (size_t i = 0; i < room; i++)
+        scores[i] >>= 12;               /* what stands beyond n too */
+    for (size_t j = 0; j < n; j++) {
+        scale[j] = fabsf(scale[j]);
+        x[j] = *score_of(scores, stride, j) * unit * (double)scale[j];
+        largest = fmax(largest, x[j]);
+    }
+    double error = SOME_ERROR + 3e-7 * fabs(largest);   /* float32 in scores */
+    float got = isa->int8->weigh_some(p, scores, stride, scale, n, (float)unit, &top);
+    for (size_t j = 0; j < n; j++) {
+        double e = 255.0 * exp2(x[j] - largest);
+        sum += e;
+        if (!(fabs(p[j] - e) <= 0.5 + error * e + P_ERROR))
+            fail("n, stride %zu, %zu: element %zu is %d, expected %g", n, stride, j, p[j], e);
+    }
+    if (!(fabs((double)got - sum) <= error * sum) || !(fabs((double)top - largest) <= 1e-6 * (1 + fabs(largest))))
+        fail("n, stride %zu, %zu: sum %g, expected %g; largest %g, expected %g", n, stride, (double)got, sum,
+             (double)top, largest);
+    intact(p);
+}
+
 void check_int8_rows(void)
 {
     static const int32_t zeros[] = {-128, 0, 77, 127};
@@ -174,4 +205,11 @@ void check_int8_rows(void)
         for (double unit = 1e-8; unit < 1.0; unit *= 30.0)
             for (size_t stride = MG_PANEL; stride <= 4 * MG_PANEL; stride += 3 * MG_PANEL)
                 check_weigh(SIZES[s], stride, unit);
+    if (isa->int8->weigh_some == NULL)
+        return;
+    start_of("weigh_some");
+    for (size_t n = 1; n <= MG_WEIGHED; n += n < 70 || n > 250 ? 1 : 9)
+        for (double unit = 1e-8; unit < 1.0; unit *= 30.0)
+            for (size_t stride = MG_PANEL; stride <= 4 * MG_PANEL; stride += 3 * MG_PANEL)
+                check_weigh_some(n, stride, unit);
 }
