@@ -1,6 +1,6 @@
 /* Integer products and row kernels as the interface has them: each cuts its work into tiles, which the pool runs through
    the table of the chosen instruction set.  Tiles do not depend on the number of threads, so neither does a result. */
-#include "kernels.h"
+#include "choicerows.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -196,6 +196,35 @@ enum mg_status mg_linear_static(const struct mg_tensor *out, const struct mg_ten
         (residual != NULL && !mg_is_grid(residual)))
         return MG_BAD_VALUE;
     return run_product(&p, packed);
+}
+
+/* ---- the next token ---- */
+
+static void choose_row(void *context, size_t i, size_t worker)
+{
+    (void)worker;
+    mg_kernels()->rows->choose(context, i, i + 1, NULL);
+}
+
+static int is_range(const int64_t *range, size_t first, size_t last)
+{
+    return range[0] >= (int64_t)first && range[0] <= range[1] && range[1] <= (int64_t)last;
+}
+
+enum mg_status mg_choose(int64_t *ids, float *values, double *totals, float *logits, const int64_t *never,
+                         const int64_t *ranges, size_t n_never, size_t begin, int prefer, size_t k, size_t m, size_t n)
+{
+    struct mg_choice job = {.ids = ids, .values = values, .totals = totals, .logits = logits, .never = never,
+                            .ranges = ranges, .n_never = n_never, .begin = begin, .k = k, .n = n, .prefer = prefer};
+    int good = k >= 1 && k <= n && begin <= n;
+    for (size_t i = 0; i < n_never; i++)
+        good &= never[i] >= 0 && (size_t)never[i] < n;
+    for (size_t i = 0; i < m; i++)
+        good &= is_range(ranges + 4 * i, 0, begin) && is_range(ranges + 4 * i + 2, begin, n);
+    if (!good)
+        return MG_BAD_VALUE;
+    mg_run(choose_row, &job, m, MG_MAX_THREADS);
+    return MG_OK;
 }
 
 /* ---- row by row ---- */

@@ -141,11 +141,11 @@ struct mg_int8_attention {
 };
 extern const struct mg_int8_attention mg_portable_int8;
 
-/* Kernels of training, rows.h: work on rows, or elements, first .. end-1 of a job, with scratch memory. */
+/* Kernels of training and of decoding's choices, rows.h: work on rows, or elements, first .. end-1 of a job, with scratch memory. */
 typedef void (*mg_row_kernel)(const void *job, size_t first, size_t end, void *room);
 struct mg_rows {
     mg_row_kernel layer_norm_backward, gelu_backward, column_sums, logit_losses, magnitude, power_sum, power_backward,
-        adamw, squares;
+        adamw, squares, choose;
 };
 extern const struct mg_rows mg_portable_rows;
 

@@ -1,9 +1,10 @@
-/* The elementwise kernels of training as plain loops, which compilers vectorize: each file of an instruction set makes
+/* The elementwise kernels of training, and the choice of tokens, as plain loops, which compilers vectorize: each file of an instruction set makes
    its own functions of them, MG_ROWS_TABLE.  A kernel works on rows or elements first .. end-1 of its job; room is
    scratch memory of its own. */
 #ifndef MG_ROWS_H
 #define MG_ROWS_H
 
+#include "choicerows.h"
 #include "lossrows.h"
 
 /* ---- layer norm ---- */
@@ -161,7 +162,8 @@ MG_INLINE void mg_squares_rows(const void *context, size_t first, size_t end, vo
     MG_ROWS_KERNEL(target, power_backward) \
     MG_ROWS_KERNEL(target, adamw) \
     MG_ROWS_KERNEL(target, squares) \
+    MG_ROWS_KERNEL(target, choose) \
     const struct mg_rows name = {layer_norm_backward, gelu_backward, column_sums, logit_losses, magnitude, power_sum, \
-                                 power_backward, adamw, squares}
+                                 power_backward, adamw, squares, choose}
 
 #endif

@@ -94,8 +94,7 @@ def search_texts(
     windows = np.arange(len(xa))  # those still decoded
     steps = min(options.sample_len or model.dims.n_text_ctx // 2, model.dims.n_text_ctx + 1 - opening.shape[1])
     for step in range(steps):
-        rules.apply(logits, search.tokens)
-        sources = search.step(logits)
+        sources = search.step(logits, rules.choose(logits, search.tokens, search.candidates))
         done = search.done() | (step == steps - 1)
         for i in np.flatnonzero(done):
             texts[windows[i]] = best_text(search.texts(i), options.length_penalty)

@@ -144,3 +144,22 @@ def attention(q, k, v, n_head, causal=False, gate=None):
     if gate is not None:
         out *= gate.reshape(n_batch, t_q, n_head, -1)
     return out.reshape(n_batch, t_q, n_state)
+
+
+def choose(logits, never, ranges, begin, prefer, k):
+    """As choice_kernels.choose -> ids, values (rows, k), totals (rows,)."""
+    position = np.arange(logits.shape[1])
+    logits[:, never] = -np.inf
+    for row, (first, end, middle, last) in zip(logits, ranges, strict=True):
+        row[(position < begin) & ((position < first) | (position >= end))] = -np.inf
+        row[(position >= begin) & ((position < middle) | (position >= last))] = -np.inf
+        peak = row[begin:].max(initial=-np.inf)
+        if prefer and peak > -np.inf:
+            together = peak + np.log(np.exp(row[begin:] - peak).sum(dtype=float))
+            if together > row[:begin].max(initial=-np.inf):
+                row[:begin] = -np.inf
+    ids = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    values = np.take_along_axis(logits, ids, axis=1)
+    with np.errstate(invalid="ignore"):
+        totals = np.exp(logits - values[:, :1]).sum(axis=1, dtype=float)
+    return ids, values, totals

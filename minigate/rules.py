@@ -1,5 +1,5 @@
-"""Which tokens may come next: logits (rows, V) and the tokens decoded so far (rows, n) -> the same logits, forbidden
-ones at minus infinity.
+"""Which tokens may come next: logits (rows, V) and the tokens decoded so far (rows, n) -> the likeliest allowed ones,
+and the same logits with forbidden ones at minus infinity.
 
 The rules are openai/whisper's: some tokens are never decoded, a text does not begin with a blank, and timestamps come
 in pairs that do not run backwards, or singly before the end. One is ours: where the model hears no silence after the
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from minigate.choice_kernels import Choice, choose
 from minigate.errors import UsageError
 from minigate.options import MODEL_SUPPRESS_SET, DecodingOptions
 
@@ -53,7 +54,7 @@ class Rules:
         self.timestamp_begin = tokenizer.timestamp_begin
         self.timestamps = not options.without_timestamps
         self.never = suppressed_tokens(model, options.suppress_tokens)
-        self.not_first = np.array([tokenizer.vocabulary.index(b" "), self.eot] if options.suppress_blank else [], int)
+        not_first = [tokenizer.vocabulary.index(b" "), self.eot] if options.suppress_blank else []
         self.max_initial = self.max_start = None  # the latest timestamps; max_start (rows,)
         if self.timestamps:
             self.never = np.union1d(self.never, tokenizer.no_timestamps)
@@ -63,32 +64,36 @@ class Rules:
             if any(sound_s is not None for sound_s in sounds):
                 latest_s = [CHUNK_S if s is None else max(0.0, s - SHORTEST_SEGMENT_S) for s in sounds]
                 self.max_start = np.array([self.timestamp_begin + int(s / precision_s) for s in latest_s])
+        self.never_first = np.union1d(self.never, np.array(not_first, int))  # nor does a text begin with a blank
 
     def keep(self, rows: np.ndarray) -> None:
         """Go on with these rows only, indices into those of now."""
         if self.max_start is not None:
             self.max_start = self.max_start[rows]
 
-    def apply(self, logits: np.ndarray, tokens: np.ndarray) -> None:
-        """logits (rows, V) float32, changed in place; tokens (rows, n): what was decoded so far, n >= 0."""
-        logits[:, self.never] = -np.inf
-        if tokens.shape[1] == 0:
-            self._first(logits)
-        if self.timestamps:
-            if tokens.shape[1]:
-                self._pairs(logits, tokens)
-            self._prefer_timestamps(logits)
+    def choose(self, logits: np.ndarray, tokens: np.ndarray, k: int = 1) -> Choice:
+        """logits (rows, V) float32, forbidden ones changed to -inf in place; tokens (rows, n): what was decoded so far,
+        n >= 0 -> the k likeliest of each row.
 
-    def _first(self, logits: np.ndarray) -> None:
-        """The first token is no blank, and with timestamps it is one, not too late."""
-        logits[:, self.not_first] = -np.inf
-        if self.timestamps:
-            logits[:, : self.timestamp_begin] = -np.inf
-            if self.max_initial is not None:
-                logits[:, self.max_initial + 1 :] = -np.inf
-            self._begin_in_sound(logits, np.arange(len(logits)))
+        Where all timestamps together are likelier than the likeliest other token, it is one of them."""
+        first, n_vocab = tokens.shape[1] == 0, logits.shape[1]
+        ranges = np.empty((len(logits), 4), np.int64)  # what is allowed below timestamp_begin, and from it on
+        ranges[:] = (0, self.timestamp_begin, self.timestamp_begin, n_vocab)
+        if self.timestamps and first:
+            self._first(ranges)
+        elif self.timestamps:
+            self._pairs(ranges, tokens)
+        never = self.never_first if first else self.never
+        return choose(logits, never, ranges, self.timestamp_begin, self.timestamps, k)
 
-    def _pairs(self, logits: np.ndarray, tokens: np.ndarray) -> None:
+    def _first(self, ranges: np.ndarray) -> None:
+        """The first token is a timestamp, not too late."""
+        ranges[:, 1] = 0
+        if self.max_initial is not None:
+            ranges[:, 3] = np.minimum(ranges[:, 3], self.max_initial + 1)
+        self._begin_in_sound(ranges, slice(None))
+
+    def _pairs(self, ranges: np.ndarray, tokens: np.ndarray) -> None:
         """A start is followed by text, an end by a start or the end of the text, and none runs backwards.
 
         The start that follows an end may be the same instant; an end is later than its start, so that every segment
@@ -100,25 +105,13 @@ class Rules:
         closed = last & ~before
         latest = tokens.max(axis=1)  # timestamps are the largest ids and do not decrease
         earliest = np.where(latest >= begin, latest + ~closed, begin)
-        earliest[last & before] = logits.shape[1]  # a start was the last token: no timestamp at all
-        allowed = np.arange(begin, logits.shape[1]) >= earliest[:, None]
-        np.copyto(logits[:, begin:], -np.inf, where=~allowed)
-        for row in np.flatnonzero(closed):
-            logits[row, : self.eot] = -np.inf
-        self._begin_in_sound(logits, np.flatnonzero(closed))
+        ranges[:, 2] = np.minimum(earliest, ranges[:, 3])
+        ranges[last & before, 2] = ranges[0, 3]  # a start was the last token: no timestamp at all
+        ranges[closed, 0] = self.eot
+        self._begin_in_sound(ranges, closed)
 
-    def _begin_in_sound(self, logits: np.ndarray, rows: np.ndarray) -> None:
+    def _begin_in_sound(self, ranges: np.ndarray, rows) -> None:
         """In these rows a segment may begin, if there is sound left for it."""
         if self.max_start is not None:
-            for row in rows:
-                logits[row, self.max_start[row] + 1 :] = -np.inf
-
-    def _prefer_timestamps(self, logits: np.ndarray) -> None:
-        """Where all timestamps together are likelier than the likeliest other token, it is one of them."""
-        text = logits[:, : self.timestamp_begin]
-        times = logits[:, self.timestamp_begin :]
-        peak = times.max(axis=1)
-        with np.errstate(invalid="ignore"):  # a row in which no timestamp is allowed gives NaN, which is not above
-            together = peak + np.log(np.exp(times - peak[:, None]).sum(axis=1))
-        for row in np.flatnonzero(together > text.max(axis=1)):
-            text[row] = -np.inf
+            ranges[rows, 3] = np.minimum(ranges[rows, 3], self.max_start[rows] + 1)
+            ranges[:, 2] = np.minimum(ranges[:, 2], ranges[:, 3])

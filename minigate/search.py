@@ -1,8 +1,9 @@
 """Logits step by step -> texts: greedy, sampling, beam search; the order and the ties of openai/whisper.
 
 A search decodes several windows at once, `group` rows for each: `tokens` (rows, n) is what it chose so far, row r
-belongs to window r // group. It is given the allowed logits (rows, V) of the next position and extends every row by
-one token. A window is `done` when nothing more can change its texts; `keep` drops windows, `texts` hands them over.
+belongs to window r // group. It is given the logits (rows, V) of the next position, forbidden ones at -inf, and of
+each row the largest, `candidates` of them, and extends every row by one token. A window is `done` when nothing more can
+change its texts; `keep` drops windows, `texts` hands them over.
 
 V n_vocab, W windows, K candidates of a row.
 """
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from random import Random
 
 import numpy as np
+
+from minigate.choice_kernels import Choice
 
 
 @dataclass(frozen=True)
@@ -33,30 +36,6 @@ def best_text(texts: list[Text], length_penalty: float | None) -> Text:
     return max(texts, key=score)
 
 
-def logprobs(values: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """values (rows, K), some of logits (rows, V) -> their log-softmax (rows, K) float32."""
-    peak = logits.max(axis=1, keepdims=True)
-    total = [np.exp(row - top).sum() for row, top in zip(logits, peak, strict=True)]  # one row at a time in memory
-    return values - peak - np.log(np.array(total, logits.dtype))[:, None]
-
-
-def largest(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """logits (rows, V) -> ids and values (rows, k) of the largest, descending, of equals the smaller id first.
-
-    k passes with argmax: for the few candidates of a beam far faster than partitioning the vocabulary. A row with
-    fewer than k values above -inf is filled with -inf; the ids there mean nothing.
-    """
-    rest = logits.copy()
-    rows = np.arange(len(rest))
-    ids = np.empty((len(rest), k), int)
-    values = np.empty((len(rest), k), logits.dtype)
-    for i in range(k):
-        ids[:, i] = rest.argmax(axis=1)
-        values[:, i] = rest[rows, ids[:, i]]
-        rest[rows, ids[:, i]] = -np.inf
-    return ids, values
-
-
 def before_end(tokens: np.ndarray, eot: int) -> list[int]:
     """tokens (n,) up to the first end token."""
     ends = np.flatnonzero(tokens == eot)
@@ -70,6 +49,8 @@ class Sampler:
     it nor on the machine's threads. It is Python's, since NumPy's would load OpenSSL, 5 MB.
     """
 
+    candidates = 1
+
     def __init__(self, seeds: Sequence[tuple[int, ...]], group: int, eot: int, temperature: float):
         windows = len(seeds)
         self.group, self.eot, self.temperature = group, eot, temperature
@@ -78,11 +59,13 @@ class Sampler:
         self.ended = np.zeros(windows * group, bool)
         self.random = [Random(repr(tuple(map(int, seed)))) for seed in seeds]
 
-    def step(self, logits: np.ndarray) -> None:
-        """logits (rows, V), forbidden tokens at -inf: extend every row; one that has ended gets end tokens."""
-        chosen = logits.argmax(axis=1) if self.temperature == 0 else self._draw(logits)
-        values = np.take_along_axis(logits, chosen[:, None], axis=1)
-        self.sum_logprob += np.where(self.ended, 0, logprobs(values, logits)[:, 0])
+    def step(self, logits: np.ndarray, choice: Choice) -> None:
+        """logits (rows, V), choice of one: extend every row; one that has ended gets end tokens."""
+        chosen, values = choice.ids[:, 0], choice.values
+        if self.temperature > 0:
+            chosen = self._draw(logits)
+            values = np.take_along_axis(logits, chosen[:, None], axis=1)
+        self.sum_logprob += np.where(self.ended, 0, choice.logprobs(values)[:, 0])
         chosen[self.ended] = self.eot
         self.ended |= chosen == self.eot
         self.tokens = np.concatenate([self.tokens, chosen[:, None]], axis=1)
@@ -120,16 +103,16 @@ class Beam:
     """
 
     def __init__(self, windows: int, group: int, eot: int, patience: float):
-        self.group, self.eot = group, eot
+        self.group, self.eot, self.candidates = group, eot, group + 1
         self.enough = round(group * patience)
         self.tokens = np.empty((windows * group, 0), int)
         self.sum_logprob = np.zeros(windows * group, np.float32)
         self.finished: list[list[Text]] = [[] for _ in range(windows)]
 
-    def step(self, logits: np.ndarray) -> np.ndarray:
-        """logits (rows, V), forbidden tokens at -inf -> the old row (rows,) that each new one extends."""
-        ids, values = largest(logits, self.group + 1)
-        scores = self.sum_logprob[:, None] + logprobs(values, logits)  # (rows, K)
+    def step(self, logits: np.ndarray, choice: Choice) -> np.ndarray:
+        """logits (rows, V), choice of `candidates` -> the old row (rows,) that each new one extends."""
+        ids = choice.ids
+        scores = self.sum_logprob[:, None] + choice.logprobs(choice.values)  # (rows, K)
         sources = np.empty(len(logits), int)
         chosen = np.empty(len(logits), int)
         for window in range(len(self.finished)):

@@ -21,7 +21,7 @@ def allowed(tokens=(), row=None, **options):
     """The tokens left after `tokens`; all logits 0 unless given."""
     logits = np.zeros((1, T.n_vocab), np.float32) if row is None else np.array([row], np.float32)
     sounds = [options.pop("sound_s")] if "sound_s" in options else []
-    Rules(MODEL, DecodingOptions(**options), sounds).apply(logits, np.array([tokens], int).reshape(1, -1))
+    Rules(MODEL, DecodingOptions(**options), sounds).choose(logits, np.array([tokens], int).reshape(1, -1))
     return set(np.flatnonzero(logits[0] > -np.inf).tolist())
 
 
@@ -105,8 +105,8 @@ def test_rows_are_independent():
     rules = Rules(MODEL, DecodingOptions())
     alone = logits.copy()
     for i in range(4):
-        rules.apply(alone[i : i + 1], histories[i : i + 1])
-    rules.apply(logits, histories)
+        rules.choose(alone[i : i + 1], histories[i : i + 1])
+    rules.choose(logits, histories)
     np.testing.assert_array_equal(logits, alone)
 
 

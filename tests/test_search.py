@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from minigate.search import Beam, Sampler, Text, best_text, largest, logprobs
+from minigate.choice_kernels import choose
+from minigate.search import Beam, Sampler, Text, best_text
 
 V, EOT = 40, 3  # tokens 0 1 2 and the end are possible, the others are not
 LENGTH = 5
@@ -24,13 +25,20 @@ def table(seed: int, possible: int = 4):
     return row
 
 
+def step(search, logits):
+    """A step of the search with all ids allowed."""
+    rows, n = logits.shape
+    return search.step(logits, choose(logits, np.array([], int), np.array([[0, n, n, n]] * rows), n, False,
+                                      search.candidates))  # fmt: skip
+
+
 def run(search, row, length=LENGTH, windows=1):
     """Step the search up to `length` tokens -> the texts of each window, at the step at which it was done."""
     texts, left = {}, np.arange(windows)
-    for step in range(length):
+    for n in range(length):
         rows_of = np.repeat(left, search.group)
-        search.step(np.stack([row(w, t.tolist()) for w, t in zip(rows_of, search.tokens, strict=True)]))
-        done = search.done() | (step == length - 1)
+        step(search, np.stack([row(w, t.tolist()) for w, t in zip(rows_of, search.tokens, strict=True)]))
+        done = search.done() | (n == length - 1)
         texts |= {left[i]: search.texts(i) for i in np.flatnonzero(done)}
         left = left[~done]
         if not len(left):
@@ -114,7 +122,7 @@ def test_beam_returns_the_rows_that_were_extended():
     beam = Beam(2, 3, EOT, 1.0)
     for _ in range(4):
         before = beam.tokens
-        sources = beam.step(np.stack([row(t.tolist()) for t in before]))
+        sources = step(beam, np.stack([row(t.tolist()) for t in before]))
         np.testing.assert_array_equal(beam.tokens[:, :-1], before[sources])
         assert (sources // 3 == [0, 0, 0, 1, 1, 1]).all()
 
@@ -123,9 +131,9 @@ def test_a_beam_without_possible_rows_is_done():
     only_end = np.full((2, V), -np.inf, np.float32)
     only_end[:, EOT] = 0
     beam = Beam(1, 2, EOT, patience=5.0)
-    beam.step(only_end)
+    step(beam, only_end)
     assert beam.done().all()
-    beam.step(only_end)  # an end after what is impossible is none
+    step(beam, only_end)  # an end after what is impossible is none
     assert beam.finished == [[Text([], 0.0)]] and best_text(beam.texts(0), None) == Text([], 0.0)
 
 
@@ -153,9 +161,9 @@ def test_a_row_that_has_ended_stays_so():
     sampler = Sampler([()], 2, EOT, 0.0)
     end, word = np.full(V, -9.0), np.full(V, -9.0)
     end[EOT], word[1] = 0, 0
-    sampler.step(np.stack([end, word]).astype(np.float32))
+    step(sampler, np.stack([end, word]).astype(np.float32))
     total = sampler.sum_logprob[0]
-    sampler.step(np.stack([word, word]).astype(np.float32))
+    step(sampler, np.stack([word, word]).astype(np.float32))
     assert sampler.tokens.tolist() == [[EOT, EOT], [1, 1]]
     assert sampler.sum_logprob[0] == total and not sampler.done().any()
 
@@ -165,7 +173,7 @@ def test_draws_follow_the_tempered_probabilities():
     logits = np.full((n, V), -np.inf, np.float32)
     logits[:, 5:9] = np.log([0.1, 0.2, 0.3, 0.4])
     sampler = Sampler([(0,)], n, EOT, temperature)
-    sampler.step(logits)
+    step(sampler, logits)
     share = np.bincount(sampler.tokens[:, 0], minlength=V) / n
     expected = np.array([0.1, 0.2, 0.3, 0.4]) ** 2
     np.testing.assert_allclose(share[5:9], expected / expected.sum(), atol=0.015)
@@ -178,7 +186,7 @@ def test_a_draw_of_0_is_the_first_possible_token():
     sampler.random = [SimpleNamespace(random=lambda: 0.0)]
     logits = np.full((1, V), -np.inf, np.float32)
     logits[0, [6, 8]] = 0
-    sampler.step(logits)
+    step(sampler, logits)
     assert sampler.tokens.tolist() == [[6]]
 
 
@@ -188,7 +196,7 @@ def test_draws_repeat_with_the_seed_alone():
     def draw(seed):
         sampler = Sampler([seed], 3, EOT, 1.0)
         for _ in range(6):
-            sampler.step(logits)
+            step(sampler, logits)
         return sampler.tokens.tolist()
 
     assert draw((1, 2)) == draw((1, 2)) != draw((1, 3))
@@ -203,17 +211,3 @@ def test_best_text_by_mean_or_by_penalty():
         assert len(best_text([short, Text([1] * 7, total)], 1.0).tokens) == best
     assert best_text([Text([1, 2], -2.0), short], None).tokens == [1, 2]  # equal: the first
     assert best_text([Text([], -0.5), short], None).tokens == []
-
-
-def test_largest_and_logprobs():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(3, 1000)).astype(np.float32)
-    logits[0, [5, 700]] = 9
-    ids, values = largest(logits, 6)
-    assert ids[0, :2].tolist() == [5, 700]
-    np.testing.assert_array_equal(ids[1], np.argsort(-logits[1])[:6])
-    x = logits.astype(np.float64)
-    expected = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(logprobs(values, logits), np.take_along_axis(expected, ids, 1), atol=2e-6)
-    logits[:, 2:] = -np.inf
-    assert (largest(logits, 4)[1][:, 2:] == -np.inf).all()
