@@ -131,7 +131,6 @@ const struct mg_int8_attention mg_amx_int8 = {
     .sum_panel = dot_bytes,
     .score_keys = mg_avx512_score_keys,
     .weigh = mg_avx512_weigh,
-    .weighs_some = 1,
     .weigh_some = mg_avx512_weigh_some,
     .sum_values = mg_avx512_sum_values,
 };

@@ -83,9 +83,10 @@ enum mg_status mg_finish(float *out, const float *x, const float *bias, const fl
    elements between batches and between rows; row b of the batch attends to k[b / group].
    half: k and v are bfloat16 (uint16_t), else float.
    gate: NULL, or (n_batch, t_q, n_head*gate_width) dense, gate_width 1 or d.
-   precision: of many queries, where the instruction set can.  MG_BF16: q / sqrt(d), k, v and the softmax are rounded to
+   precision: MG_BF16: many queries, where the instruction set can, and keys, values and the softmax are rounded to
    bfloat16.  MG_INT8: to 8 bits with scales found on the way (dynamicattention.c); all numbers are finite.
-   MG_BAD_VALUE: t_k is 0, group does not divide n_batch, gate_width is neither, or causal and t_q > t_k. */
+   MG_BAD_VALUE: t_k is 0, group does not divide n_batch, gate_width is neither, or causal and t_q > t_k; for MG_INT8
+   d > 32768. */
 enum mg_precision { MG_FLOAT32, MG_BF16, MG_INT8 };
 enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, int half, const float *gate,
                             size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch, size_t v_row,

@@ -199,13 +199,6 @@ static enum mg_status attend_few(struct attention *job, size_t n_shared)
     return MG_OK;
 }
 
-/* Whether queries are many, and the instruction set multiplies them in int8. */
-static int is_for_int8(const struct attention *job)
-{
-    const struct mg_int8_attention *int8 = job->kernels->int8;
-    return job->n_query > job->kernels->few_queries && int8->weighs_some && job->d <= MG_MAX_ATTENTION;
-}
-
 enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, int half, const float *gate,
                             size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch, size_t v_row,
                             size_t gate_width, int causal, enum mg_precision precision,
@@ -218,11 +211,11 @@ enum mg_status mg_attention(float *out, const float *q, const void *k, const voi
         .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d, .n_query = group * t_q};
     if (t_k == 0 || group == 0 || n_batch % group != 0 || (causal && t_q > t_k))
         return MG_BAD_VALUE;
-    if (gate != NULL && gate_width != 1 && gate_width != d)
+    if ((gate != NULL && gate_width != 1 && gate_width != d) || (precision == MG_INT8 && d > MG_MAX_ATTENTION))
         return MG_BAD_VALUE;
     if (n_batch == 0 || n_head == 0 || d == 0 || t_q == 0)
         return MG_OK;
-    if (precision == MG_INT8 && is_for_int8(&job)) {
+    if (precision == MG_INT8) {
         struct mg_attention_call call = {
             .out = out, .q = q, .k = k, .v = v, .half = half, .gate = gate, .q_batch = q_batch, .q_row = q_row,
             .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width,

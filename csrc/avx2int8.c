@@ -187,6 +187,42 @@ TARGET static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t 
     return total;
 }
 
+MG_INLINE TARGET __m256 largest_of(__m256 x)
+{
+    x = _mm256_max_ps(x, _mm256_permute2f128_ps(x, x, 1));
+    x = _mm256_max_ps(x, _mm256_shuffle_ps(x, x, 0x4e));
+    return _mm256_max_ps(x, _mm256_shuffle_ps(x, x, 0xb1));
+}
+
+TARGET static float weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
+                               float scale, float *top)
+{
+    float x[MG_WEIGHED], sum = 0.0f, lanes[LANES];
+    __m256 tops = _mm256_set1_ps(MG_LOWEST), sums = _mm256_setzero_ps(), unit = _mm256_set1_ps(scale);
+    for (size_t j = 0; j < n; j += LANES) {
+        __m256i mask = mask_of(n - j), number = read_scores(scores + j / MG_PANEL * stride + j % MG_PANEL);
+        __m256 score = _mm256_mul_ps(_mm256_cvtepi32_ps(number), _mm256_maskload_ps(key_scale + j, mask));
+        score = _mm256_blendv_ps(_mm256_set1_ps(MG_LOWEST), score, _mm256_castsi256_ps(mask));
+        tops = _mm256_max_ps(tops, score);
+        _mm256_storeu_ps(x + j, score);
+    }
+    tops = largest_of(tops);
+    *top = scale * _mm256_cvtss_f32(tops);
+    for (size_t j = 0; j < n; j += LANES) {
+        __m256 e = exp2_of(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + j), tops), unit));
+        e = _mm256_mul_ps(e, _mm256_set1_ps(255.0f));
+        sums = _mm256_add_ps(sums, _mm256_and_ps(e, _mm256_castsi256_ps(mask_of(n - j))));
+        __m256i steps = _mm256_cvtps_epi32(e);
+        __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(steps), _mm256_extracti128_si256(steps, 1));
+        __m128i eight = _mm_packus_epi16(half, half);
+        memcpy(p + j, &eight, mg_min(LANES, n - j));
+    }
+    _mm256_storeu_ps(lanes, sums);
+    for (size_t l = 0; l < LANES; l++)
+        sum += lanes[l];
+    return sum;
+}
+
 /* ---- rows: few queries ---- */
 
 /* Up to 16 bytes as 16 bits, zeros beyond. */
@@ -254,6 +290,7 @@ const struct mg_int8_attention mg_avx2_int8 = {
     .sum_panel = sum_panel,
     .score_keys = score_keys,
     .weigh = weigh,
+    .weigh_some = weigh_some,
     .sum_values = sum_values,
 };
 #endif

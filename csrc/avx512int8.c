@@ -79,16 +79,17 @@ TARGET uint32_t mg_avx512_weigh(uint8_t *p, int32_t *scores, size_t stride, size
     return (uint32_t)_mm512_reduce_add_epi32(total);
 }
 
-/* 255 * 2^x for x <= 0, to a relative error of 8e-5, since it is about to be rounded to 8 bits.  Adding 1.5 * 2^23
-   leaves the nearest integer in the low bits; the coefficients minimize the error for |f| <= 1/2. */
+/* 255 * 2^x for x <= 0; below -100 as at it, where the result is rounded to zero.  Adding 1.5 * 2^23 leaves the nearest
+   integer in the low bits. */
 MG_INLINE TARGET __m512 weight_of(__m512 x)
 {
+    static const float c[] = {MG_EXP2_COEFFICIENTS};
     const __m512 magic = _mm512_set1_ps(12582912.0f);
     x = _mm512_max_ps(_mm512_set1_ps(-100.0f), x);
-    __m512 n = _mm512_add_ps(x, magic), f = _mm512_sub_ps(x, _mm512_sub_ps(n, magic));
-    __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(14.06877066f), _mm512_set1_ps(61.8658463f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(176.78155313f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(254.98165818f));
+    __m512 n = _mm512_add_ps(x, magic), f = _mm512_sub_ps(x, _mm512_sub_ps(n, magic)), p = _mm512_set1_ps(255.0f * c[5]);
+    MG_UNROLL
+    for (int i = 4; i >= 0; i--)
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(255.0f * c[i]));
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
 }
 
@@ -215,7 +216,6 @@ const struct mg_int8_attention mg_avx512_int8 = {
     .sum_panel = dot_bytes,
     .score_keys = mg_avx512_score_keys,
     .weigh = mg_avx512_weigh,
-    .weighs_some = 1,
     .weigh_some = mg_avx512_weigh_some,
     .sum_values = mg_avx512_sum_values,
 };

@@ -84,7 +84,7 @@ MG_INLINE TARGET __m512 gelu_of(__m512 x)
     for (int i = 6; i >= 0; i--)
         r = _mm512_fmadd_ps(r, a, _mm512_set1_ps(c[i]));
     __m512 guess = _mm512_rcp14_ps(r);
-    r = _mm512_mul_ps(guess, _mm512_fnmadd_ps(r, guess, _mm512_set1_ps(2.0f)));     /* 1 / r */
+    r = _mm512_fmadd_ps(guess, _mm512_fnmadd_ps(r, guess, _mm512_set1_ps(1.0f)), guess);    /* 1 / r */
     r = _mm512_mul_ps(r, r);
     r = _mm512_mul_ps(r, r);
     r = _mm512_mul_ps(r, r);

@@ -23,7 +23,7 @@ struct attention {
 /* The packed parts of a head. */
 struct head {
     int8_t *keys, *values;      /* panels of keys; (d panels) for BLOCK keys after the other */
-    int32_t *start;             /* of scores, whose queries are offset by 128 */
+    int32_t *start;             /* of scores, for which queries are offset */
     float *key_scale, *value_scale;         /* (keys), (blocks, wide) */
 };
 
@@ -93,7 +93,7 @@ static void pack_keys(const struct attention *job, const struct head *head, size
                 row[i] = key[i] - mean[i];
             head->key_scale[j] = job->kernels->quantize_row(q, row, c->d);
         }
-        head->start[j] = -128 * mg_pack_key(head->keys + j / MG_PANEL * key_bytes(job), q, j % MG_PANEL, c->d);
+        head->start[j] = -job->kernels->offset * mg_pack_key(head->keys + j / MG_PANEL * key_bytes(job), q, j % MG_PANEL, c->d);
     }
 }
 
@@ -153,7 +153,8 @@ static void pack_some(void *context, size_t task, size_t worker)
 struct room {
     int32_t *scores, *acc;      /* (BLOCK / MG_PANEL, rows, MG_PANEL), (rows, MG_PANEL) */
     float *o;                   /* (rows, wide) */
-    uint8_t *q, *p;             /* (rows, d), (rows, keys of a block), rounded up to 4 */
+    int8_t *q;                  /* (rows, d), rounded up to 4, as dot_panel reads them */
+    uint8_t *p;                 /* (rows, keys of a block), rounded up to 4 */
     size_t *seen;               /* and of each row: keys, and the numbers of the softmax */
     float *scale, *top, *sum, *keep, *add;
 };
@@ -177,8 +178,8 @@ static struct room room_of(const struct attention *job, size_t worker)
     room.sum = room.top + rows;
     room.keep = room.sum + rows;
     room.add = room.keep + rows;
-    room.q = (uint8_t *)(room.add + rows);
-    room.p = room.q + rows * job->wide;
+    room.q = (int8_t *)(room.add + rows);
+    room.p = (uint8_t *)room.q + rows * job->wide;
     return room;
 }
 
@@ -196,15 +197,11 @@ static void load_queries(const struct attention *job, const struct room *room, s
 {
     const struct mg_attention_call *c = job->call;
     const float unit = (float)(MG_LOG2_E / sqrt((double)c->d));
-    size_t d4 = mg_round_up(c->d, 4);
     for (size_t r = 0; r < rows; r++) {
         size_t t = (index + r) % c->t_q;
         int8_t *steps = (int8_t *)room->p;      /* free as yet */
-        uint8_t *to = room->q + r * d4;
         room->scale[r] = unit * job->kernels->quantize_row(steps, query_of(c, index + r, head), c->d);
-        memset(to, 0, d4);
-        for (size_t i = 0; i < c->d; i++)
-            to[i] = (uint8_t)(steps[i] ^ 0x80);     /* + 128 */
+        job->kernels->pack_rows(room->q + r * mg_round_up(c->d, 4), steps, 1, c->d);
         room->seen[r] = c->causal ? t + 1 + c->t_k - c->t_q : c->t_k;
         room->top[r] = MG_LOWEST;
         room->sum[r] = 0.0f;
@@ -279,9 +276,9 @@ static void attend_rows(const struct attention *job, const struct room *room, co
     for (size_t first = 0; first < n_keys; first += BLOCK) {
         size_t n = mg_min(BLOCK, n_keys - first);
         for (size_t i = 0; i * MG_PANEL < n; i++)
-            job->kernels->int8->score_panel(room->scores + i * step, room->q,
-                                            packed->keys + (first / MG_PANEL + i) * key_bytes(job),
-                                            packed->start + first + i * MG_PANEL, rows, job->call->d);
+            job->kernels->dot_panel(room->scores + i * step, room->q,
+                                    packed->keys + (first / MG_PANEL + i) * key_bytes(job),
+                                    packed->start + first + i * MG_PANEL, rows, job->call->d);
         weigh(job, room, packed, first, n, rows);
         add_values(job, room, packed, first, n, rows);
     }

@@ -129,9 +129,7 @@ struct mg_int8_attention {
 
     /* Of n scores, 1 to MG_WEIGHED, as base-2 logarithms: x[j] = scale * key_scale[j] * scores[j], scale and key_scale at
        least 0, scores as those of weigh with room for MG_WEIGHED; top: the largest x; p[j] = rint(255 * 2^(x[j] - top)); -> the sum of these
-       before they are rounded.  weighs_some: attention in int8 by this and score_panel is faster than in float32; with
-       AVX2 it is not. */
-    int weighs_some;
+       before they are rounded. */
     float (*weigh_some)(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n, float scale,
                         float *top);
 

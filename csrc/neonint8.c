@@ -224,6 +224,33 @@ static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, floa
     return vaddvq_u32(totals);
 }
 
+static float weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n, float scale,
+                        float *top)
+{
+    float x[MG_WEIGHED];
+    float32x4_t tops = vdupq_n_f32(MG_LOWEST), sums = vdupq_n_f32(0.0f);
+    for (size_t j = 0; j < n; j += LANES) {
+        float factor[LANES] = {0};
+        memcpy(factor, key_scale + j, mg_min(LANES, n - j) * sizeof *factor);
+        int32x4_t number = vld1q_s32(scores + j / MG_PANEL * stride + j % MG_PANEL);
+        float32x4_t score = vmulq_f32(vcvtq_f32_s32(number), vld1q_f32(factor));
+        score = vbslq_f32(mask_of(n - j), score, vdupq_n_f32(MG_LOWEST));
+        tops = vmaxq_f32(tops, score);
+        vst1q_f32(x + j, score);
+    }
+    float largest = vmaxvq_f32(tops);
+    *top = scale * largest;
+    for (size_t j = 0; j < n; j += LANES) {
+        float32x4_t e = exp2_of(vmulq_n_f32(vsubq_f32(vld1q_f32(x + j), vdupq_n_f32(largest)), scale));
+        e = vmulq_n_f32(e, 255.0f);
+        sums = vaddq_f32(sums, vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(e), mask_of(n - j))));
+        uint16x4_t half = vmovn_u32(vcvtnq_u32_f32(e));
+        uint8x8_t bytes = vmovn_u16(vcombine_u16(half, half));
+        memcpy(p + j, &bytes, mg_min(LANES, n - j));
+    }
+    return vaddvq_f32(sums);
+}
+
 /* ---- rows: few queries ---- */
 
 /* 16 bytes, zeros beyond those that are left. */
@@ -354,6 +381,7 @@ const struct mg_int8_attention mg_neon_int8 = {
     .sum_panel = sum_panel,
     .score_keys = score_keys,
     .weigh = weigh,
+    .weigh_some = weigh_some,
     .sum_values = sum_values,
 };
 
@@ -364,6 +392,7 @@ const struct mg_int8_attention mg_neondot_int8 = {
     .sum_panel = udot_panel,
     .score_keys = sdot_keys,
     .weigh = weigh,
+    .weigh_some = weigh_some,
     .sum_values = sum_values,
 };
 #endif

@@ -1,10 +1,10 @@
 """The coarse operators of `model.py` on int8 weights, w ≈ scale * q with a scale per channel or per tensor.
 
 `Dynamic` is the scheme `w8a8-dynamic`: activations symmetric int8 with a scale per row, found at run time; products
-exact in int32. Layer norm and GELU are float32. So is attention, but that the encoder's is multiplied in int8 where the
-instruction set gains by it, and that the decoder's keys and values are stored in bfloat16, and many queries multiplied
-in it where the instruction set can. `WeightOnly` is the scheme `w8`: activations float32, weights expanded to float32
-tile by tile. `w8a8-static` is in static.py.
+exact in int32. The encoder's attention is int8 too, with scales for each query and key and for some values and
+probabilities (csrc/dynamicattention.c). The decoder's is float32, but that its keys and values are stored in bfloat16,
+and many queries multiplied in it where the instruction set can. Layer norm and GELU are float32. `WeightOnly` is the
+scheme `w8`: activations float32, weights expanded to float32 tile by tile. `w8a8-static` is in static.py.
 
 B batch, T time, K inputs, N outputs, M = B T rows.
 """
@@ -75,6 +75,10 @@ class Int8Weights(ops.Float):
 class Dynamic(Int8Weights):
     """Everything that is int8 in the model file is computed in int8."""
 
+    def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
+        self.kept = set(metadata["quantization"]["keep_float"])
+        super().__init__(metadata, tensors)
+
     def norm(self, name: str, x: np.ndarray) -> Rows:
         if name == "decoder.ln" and self.turns(name):
             return self.rows(super().norm(name, x))
@@ -108,7 +112,7 @@ class Dynamic(Int8Weights):
         return super().attention(name, q, k, v, h.x, n_head, causal)
 
     def precision(self, name: str) -> str:
-        return "bf16" if name.startswith("decoder.") else "int8"
+        return "float32" if name in self.kept else "bf16" if name.startswith("decoder.") else "int8"
 
 
 class WeightOnly(Int8Weights):

@@ -381,8 +381,8 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=F
     q (B, Tq, D); k, v (Bk, Tk, D), Bk divides B and row b attends to k[b // (B // Bk)]; all may be views with strides.
     k and v may be bfloat16 (uint16 for NumPy) beside a q of float32.
     gate: None, (B, Tq, H) or (B, Tq, D). causal: query i sees keys j <= i + Tk - Tq, which needs Tq <= Tk.
-    precision: of many queries, where the instruction set can; float32, bf16, or int8 with scales found on the way
-    (csrc/dynamicattention.c), where all numbers are finite."""
+    precision: float32; bf16 of many queries, where the instruction set can; or int8 with scales found on the way
+    (csrc/dynamicattention.c), where all numbers are finite, and D / H at most 32768. float64 stays as it is."""
     dtype = _float_type("q", q)
     q = _strided("q", q, q.shape if q.ndim == 3 else (None, None, None), dtype)
     n_batch, t_q, n_state = q.shape
@@ -403,7 +403,8 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=F
         gate = _array("gate", gate, (n_batch, t_q, n_head * gate_width), dtype)
     if not _in_c(q) or q.size == 0:
         k, v = (reference.from_bf16(k), reference.from_bf16(v)) if half else (k, v)
-        return reference.attention(q, k, v, n_head, causal, gate)
+        rounded = precision == "int8" and dtype == F32
+        return (reference.attention_int8 if rounded else reference.attention)(q, k, v, n_head, causal, gate)
     out = empty((n_batch, t_q, n_state), F32)
     (q_data, *q_strides), (k_data, *k_strides), (v_data, *v_strides) = _view(q), _view(k), _view(v)
     _check(lib.mg_attention(_floats(out), q_data, k_data, v_data, half, _floats(gate), *q_strides, *k_strides,

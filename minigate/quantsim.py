@@ -181,14 +181,18 @@ class SimulatedSteps(SimulatedWeights):
 
 
 class SimulatedDynamic(SimulatedSteps):
-    """Scheme `w8a8-dynamic`: the rows that a linear multiplies with int8 weights are int8 too; the decoder's keys
-    and values are bfloat16, and attention may be."""
-
-    bf16 = True
+    """Scheme `w8a8-dynamic`: the rows that a linear multiplies with int8 weights are int8 too, and so is the encoder's
+    attention; the decoder's keys and values are bfloat16, and attention to them may be."""
 
     def linear(self, name: str, x: np.ndarray, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
         y = self.products(name, x, gelu, residual)
         return reference.from_bf16(reference.to_bf16(y)) if is_cached(name) else y
+
+    def attention(self, name: str, q, k, v, h, n_head: int, causal: bool) -> np.ndarray:
+        if name in self.kept or name.startswith("decoder."):
+            return super().attention(name, q, k, v, h, n_head, causal)
+        g = gate(self.gate_kind, h, self.gates.get(name), n_head, self.gate_scale)
+        return reference.attention_int8(q, k, v, n_head, causal, g)
 
     def products(self, name: str, x: np.ndarray, gelu: bool, residual: np.ndarray | None) -> np.ndarray:
         if name in self.kept:

@@ -10,6 +10,7 @@ import numpy as np
 
 ROWS = 4096         # of weights that are expanded at a time
 EXACT_K = 1024      # 1024 * 128 * 128 <= 2^24: sums that float32 holds exactly, in any order
+KEYS = 256          # that share a scale of their probabilities in attention_int8
 QUERIES = 256       # whose scores are in memory at a time, each H * Tk
 SMALLEST = 1e-30    # a row whose largest magnitude is below it counts as zero
 
@@ -141,6 +142,42 @@ def attention(q, k, v, n_head, causal=False, gate=None):
             np.exp(scores, out=scores)
             scores /= scores.sum(axis=-1, keepdims=True)
             out[b, i:i + QUERIES] = (scores @ values).transpose(1, 0, 2)
+    if gate is not None:
+        out *= gate.reshape(n_batch, t_q, n_head, -1)
+    return out.reshape(n_batch, t_q, n_state)
+
+
+def nearest_steps(x, axis):
+    """x to the nearest of 127 steps of its largest magnitude along an axis, and the steps' size."""
+    top = np.abs(x).max(axis=axis, keepdims=True)
+    inverse = x.dtype.type(127) / np.where(top < SMALLEST, x.dtype.type(np.inf), top)
+    return np.rint(x * inverse), top / x.dtype.type(127)
+
+
+def attention_int8(q, k, v, n_head, causal=False, gate=None):
+    """`attention` as csrc/dynamicattention.c rounds it: a scale for each query and each key, less the keys' mean, of a
+    head; for KEYS keys at a time one for each element of values, and one for probabilities, whose largest is 255."""
+    n_batch, t_q, n_state = q.shape
+    t_k, d = k.shape[1], n_state // n_head
+    group = n_batch // k.shape[0] if n_batch else 1
+    out = np.empty((n_batch, t_q, n_head, d), q.dtype)
+    for b, h in np.ndindex(n_batch, n_head):
+        head, shared = slice(h * d, h * d + d), b // group
+        keys, key_scale = nearest_steps(k[shared, :, head] - k[shared, :, head].mean(axis=0), 1)
+        for i in range(0, t_q, QUERIES):
+            queries, scale = nearest_steps(q[b, i:i + QUERIES, head], 1)
+            scores = queries @ keys.T * key_scale.T * (scale / q.dtype.type(math.sqrt(d)))
+            if causal:
+                position = np.arange(i, i + len(queries))[:, None] + t_k - t_q
+                scores[np.arange(t_k) > position] = -np.inf
+            top, total, sums = scores.max(axis=1, keepdims=True), 0, 0
+            for j in range(0, t_k, KEYS):
+                some, (values, value_scale) = scores[:, j:j + KEYS], nearest_steps(v[shared, j:j + KEYS, head], 0)
+                own = np.maximum(some.max(axis=1, keepdims=True), top - 1000)   # of keys that are not seen: anything
+                p, weight = 255 * np.exp(some - own), np.exp(own - top)
+                total += weight * p.sum(axis=1, keepdims=True)
+                sums += weight * (np.rint(p) @ values * value_scale)
+            out[b, i:i + QUERIES, h] = sums / total
     if gate is not None:
         out *= gate.reshape(n_batch, t_q, n_head, -1)
     return out.reshape(n_batch, t_q, n_state)

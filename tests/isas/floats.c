@@ -365,7 +365,7 @@ void check_interface(void)
         check_attention(&c, MG_FLOAT32, 1.0f, 2 * ATTENTION_ERROR);
         check_attention(&c, MG_FLOAT32, 40.0f, 4e-4);   /* scores of order 100, where float32 leaves 1e-5 in the exponent */
     }
-    start_of("attention in int8");  /* of few queries, or where float32 is as fast, float32 */
+    start_of("attention in int8");
     for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
         struct attention c = CASES[i];
         c.gate_width = c.gate_width > 1 ? c.d : c.gate_width;
