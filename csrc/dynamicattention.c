@@ -1,5 +1,5 @@
-/* Attention of many queries in float32, computed in int8 with scales that are found on the way: a scale for each query
-   and each key of a head; for BLOCK keys at a time a scale for each element of their values, and one for their
+/* Attention of float32 numbers, computed in int8 with scales that are found on the way: a scale for each query and each
+   key of a head; for BLOCK keys at a time a scale for each element of their values, and one for their
    probabilities, of which the largest becomes 255.  Keys are taken less their mean, which changes no softmax and leaves
    smaller numbers to round: after SageAttention (arXiv 2410.02367).  Sums over a block are exact, those over blocks
    float32, with the softmax online.
@@ -153,7 +153,7 @@ static void pack_some(void *context, size_t task, size_t worker)
 struct room {
     int32_t *scores, *acc;      /* (BLOCK / MG_PANEL, rows, MG_PANEL), (rows, MG_PANEL) */
     float *o;                   /* (rows, wide) */
-    int8_t *q;                  /* (rows, d), rounded up to 4, as dot_panel reads them */
+    int8_t *q, *steps;          /* (rows, d), rounded up to 4, as dot_panel reads them; (d), as they come */
     uint8_t *p;                 /* (rows, keys of a block), rounded up to 4 */
     size_t *seen;               /* and of each row: keys, and the numbers of the softmax */
     float *scale, *top, *sum, *keep, *add;
@@ -162,8 +162,8 @@ struct room {
 static size_t room_bytes(const struct attention *job)
 {
     size_t numbers = BLOCK + MG_PANEL + job->wide + 5;
-    size_t bytes = job->kernels->max_rows * (numbers * sizeof(float) + sizeof(size_t) + 2 * job->wide + BLOCK);
-    return mg_max(bytes, job->wide * (2 * sizeof(float) + 4));      /* of pack_keys and pack_block */
+    size_t bytes = job->kernels->max_rows * (numbers * sizeof(float) + sizeof(size_t) + job->wide + BLOCK);
+    return mg_max(bytes + job->wide, job->wide * (2 * sizeof(float) + 4));      /* of pack_keys and pack_block */
 }
 
 static struct room room_of(const struct attention *job, size_t worker)
@@ -179,7 +179,8 @@ static struct room room_of(const struct attention *job, size_t worker)
     room.keep = room.sum + rows;
     room.add = room.keep + rows;
     room.q = (int8_t *)(room.add + rows);
-    room.p = (uint8_t *)room.q + rows * job->wide;
+    room.steps = room.q + rows * job->wide;
+    room.p = (uint8_t *)room.steps + job->wide;
     return room;
 }
 
@@ -199,9 +200,8 @@ static void load_queries(const struct attention *job, const struct room *room, s
     const float unit = (float)(MG_LOG2_E / sqrt((double)c->d));
     for (size_t r = 0; r < rows; r++) {
         size_t t = (index + r) % c->t_q;
-        int8_t *steps = (int8_t *)room->p;      /* free as yet */
-        room->scale[r] = unit * job->kernels->quantize_row(steps, query_of(c, index + r, head), c->d);
-        job->kernels->pack_rows(room->q + r * mg_round_up(c->d, 4), steps, 1, c->d);
+        room->scale[r] = unit * job->kernels->quantize_row(room->steps, query_of(c, index + r, head), c->d);
+        job->kernels->pack_rows(room->q + r * mg_round_up(c->d, 4), room->steps, 1, c->d);
         room->seen[r] = c->causal ? t + 1 + c->t_k - c->t_q : c->t_k;
         room->top[r] = MG_LOWEST;
         room->sum[r] = 0.0f;

@@ -34,17 +34,14 @@ class Rows(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A linear's weights: q (N, K) as stored and as packed for the kernel, scale (N,) float32."""
+    """A linear's weights: q (N, K), as stored or as packed for the kernel, scale (N,) float32."""
 
-    q: np.ndarray
-    packed: kernels.PackedInt8 | None
+    q: np.ndarray | kernels.PackedInt8
     scale: np.ndarray
 
 
 class Int8Weights(ops.Float):
     """What is int8 in the model file is a Weight, what is float stays float."""
-
-    packs = True
 
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
         self.scales = {name.removesuffix(".scale"): tensors[name] for name in tensors if name.endswith(".scale")}
@@ -59,9 +56,9 @@ class Int8Weights(ops.Float):
             return super().prepare(name, array)
         q = ops.conv_matrix(array) if array.ndim == 3 else array
         scale = np.array(np.broadcast_to(self.scales[name.removesuffix(".weight")], q.shape[:1]), np.float32)
-        return Weight(q, self.packed(q), scale)
+        return Weight(self.packed(q), scale)
 
-    def packed(self, q: np.ndarray) -> kernels.PackedInt8 | None:
+    def packed(self, q: np.ndarray) -> np.ndarray | kernels.PackedInt8:
         """q (N, K) -> the form for integer products, if there are any."""
         return kernels.pack_int8(q, self.room)
 
@@ -69,7 +66,8 @@ class Int8Weights(ops.Float):
         table = self.p["decoder.token_embedding.weight"]
         if not isinstance(table, Weight):
             return table[tokens]
-        return table.q[tokens] * table.scale[tokens][..., None]
+        rows = table.q.rows(tokens) if isinstance(table.q, kernels.PackedInt8) else table.q[tokens]
+        return rows * table.scale[tokens][..., None]
 
 
 class Dynamic(Int8Weights):
@@ -100,7 +98,7 @@ class Dynamic(Int8Weights):
             y = super().linear(name, x.x if isinstance(x, Rows) else x, gelu, residual)
             return reference.to_bf16(y) if is_cached(name) else y
         rows = x if isinstance(x, Rows) else self.rows(x)
-        (*shape, k), product = rows.q.shape, (rows.scale, w.packed, w.scale, bias, gelu)
+        (*shape, k), product = rows.q.shape, (rows.scale, w.q, w.scale, bias, gelu)
         if gelu and residual is None and name.endswith(".mlp.0") and isinstance(self.p[f"{name[:-1]}2.weight"], Weight):
             q, scale = kernels.linear_int8_rows(rows.q.reshape(-1, k), *product)
             return Rows(None, q.reshape(*shape, -1), scale)
@@ -118,10 +116,8 @@ class Dynamic(Int8Weights):
 class WeightOnly(Int8Weights):
     """Everything is computed in float32."""
 
-    packs = False
-
-    def packed(self, q: np.ndarray) -> None:
-        return None
+    def packed(self, q: np.ndarray) -> np.ndarray:
+        return q
 
     def linear(self, name: str, x: np.ndarray, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
         w, bias = self.p[f"{name}.weight"], self.p.get(f"{name}.bias")

@@ -31,6 +31,7 @@ F32, F64, I8, U16 = (np.dtype(t) for t in (np.float32, np.float64, np.int8, np.u
 MAX_THREADS = 256
 MAX_K = 131072      # inputs of an integer product that int32 surely holds
 ALIGNMENT = 64      # bytes, of packed weights
+PANEL = 64          # columns of a panel of packed weights
 CHUNK = 32 << 20    # bytes of packed weights that are allocated at once
 HUGE_PAGE = 2 << 20  # bytes
 LARGE = 1 << 18     # bytes of an array whose memory is kept for the next one
@@ -216,14 +217,18 @@ class PackedInt8:
         """The packed form (csrc/pack.c) as C reads it."""
         return self._pointer
 
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        """Some rows of the weights as they were: index (...) -> (..., K) int8."""
+        if self._plain is not None:
+            return self._plain[index]
+        n, k = self.shape
+        panels, groups = -(-n // PANEL), -(-k // 4)
+        packed = self._packed[:panels * groups * PANEL * 4].reshape(panels, groups, PANEL, 4)
+        return packed[index // PANEL, :, index % PANEL].reshape(*index.shape, 4 * groups)[..., :k]
+
     def plain(self) -> np.ndarray:
         """The weights (N, K) int8 as they were."""
-        if self._plain is None:
-            n, k = self.shape
-            panels, groups = -(-n // 64), -(-k // 4)
-            packed = self._packed[:panels * groups * 256].reshape(panels, groups, 64, 4)
-            self._plain = packed.transpose(0, 2, 1, 3).reshape(panels * 64, groups * 4)[:n, :k].copy()
-        return self._plain
+        return np.ascontiguousarray(self.rows(np.arange(self.shape[0])))
 
 
 def pack_int8(q: np.ndarray, room: Room | None = None) -> PackedInt8:

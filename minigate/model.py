@@ -346,5 +346,5 @@ def load(name_or_path: str | Path | None = None, threads: int | None = None) -> 
     path = find(name_or_path)
     file = checkpoint.read(path)
     model = Model(file.metadata, file.tensors, name=path.stem)
-    file.tensors.release(sparse=model.ops.packs)
+    file.tensors.release()
     return model

@@ -46,8 +46,6 @@ def conv_weight(matrix: np.ndarray) -> np.ndarray:
 class Float:
     """float32, through BLAS and the float kernels. float16 parameters are widened once, here."""
 
-    packs = False  # whether what is int8 is copied, so that of it only rows of tokens are read from the file later
-
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
         self.gate_kind = metadata["gate"]["kind"]
         self.gate_scale = metadata["gate"].get("scale", 1.0)

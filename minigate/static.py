@@ -104,7 +104,7 @@ class Static(int8.Int8Weights):
             if residual is not None:
                 residual = self.entered(residual)
                 residual = Tensor(residual.data.reshape(len(flat.data), -1), residual.grid)
-            y = static_kernels.linear(flat, w.packed, w.scale, self.int8_grids.get(name), bias, gelu, residual)
+            y = static_kernels.linear(flat, w.q, w.scale, self.int8_grids.get(name), bias, gelu, residual)
             y = y.reshape(*x.data.shape[:-1], -1)
         return y if name.endswith((".key", ".value")) else Tensor(y, self.grids.get(name))
 

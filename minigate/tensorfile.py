@@ -58,12 +58,9 @@ class LazyTensors(Mapping[str, np.ndarray]):
             self.release()
         return array
 
-    def release(self, sparse: bool = False) -> None:
-        """Give the memory of what was read from the file back to the system, which reads it anew when it is wanted.
-
-        sparse: what will be wanted are a few rows, and pages around them shall not be read with them.
-        """
-        _give_back(self.mapping, sparse)
+    def release(self) -> None:
+        """Give the memory of what was read from the file back to the system, which reads it anew when it is wanted."""
+        _give_back(self.mapping)
         self._touched = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -138,11 +135,9 @@ def _crc32_of(data: np.ndarray, crc: int, mapping: mmap.mmap | None) -> int:
     return crc
 
 
-def _give_back(mapping: object, sparse: bool = False) -> None:
+def _give_back(mapping: object) -> None:
     if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         mapping.madvise(mmap.MADV_DONTNEED)
-        if sparse:
-            mapping.madvise(mmap.MADV_RANDOM)
 
 
 def _checksum(digits: str) -> bytes:

@@ -133,7 +133,7 @@ def test_w8_expands_a_tile_at_a_time(monkeypatch):
     monkeypatch.setattr(int8.static_kernels, "expand", lambda q, scale: expanded.append(q.size) or q * scale[:, None])
     operators.logits(activation())
     assert len(expanded) == 30 and max(expanded) == 10 * D
-    assert all(w.packed is None for w in operators.p.values() if isinstance(w, int8.Weight))
+    assert all(isinstance(w.q, np.ndarray) for w in operators.p.values() if isinstance(w, int8.Weight))
 
 
 def test_w8_keeps_layers_in_float():

@@ -52,6 +52,8 @@ def test_packed_weights_give_the_plain_ones_back(shape, rng):
     w = weights(rng, "random", *shape)
     assert np.array_equal(kernels.pack_int8(w).plain(), w)
     assert kernels.pack_int8(w).shape == shape
+    index = np.array([[0, shape[0] - 1], [shape[0] // 2, 0]])
+    assert np.array_equal(kernels.pack_int8(w).rows(index), w[index])
 
 
 def test_packed_weights_share_a_room(rng):

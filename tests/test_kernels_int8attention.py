@@ -62,7 +62,7 @@ CASES = [  # queries, keys, head size, causal, gate, rows to a window
     (1, 300, 64, False, "head", 2), (3, 5, 2, True, None, 1), (9, 1, 1, False, None, 1),
     (17, 130, 64, False, "head", 1), (50, 67, 17, True, "element", 1),
     (193, 600, 8, True, None, 1), (100, 257, 80, False, "element", 2), (10, 512, 130, False, "head", 2),
-    (60, 300, 64, True, "head", 2),
+    (60, 300, 64, True, "head", 2), (7, 20, 2600, False, None, 1),
 ]  # fmt: skip
 
 
