@@ -255,7 +255,8 @@ class Model:
     def encode(self, mel: np.ndarray) -> np.ndarray:
         """mel (B, n_mels, 3000) float32 -> xa (B, n_audio_ctx, D) float32.
 
-        A model with audio_context `variable` takes any even number of frames up to 3000.
+        A model with audio_context `variable` takes any even number of frames up to 3000. Windows are encoded one after
+        the other, or as many together as make a full one, which is as fast and takes less memory.
         """
         full = 2 * self.dims.n_audio_ctx
         frames = mel.shape[-1]
@@ -264,7 +265,10 @@ class Model:
         )
         if mel.ndim != 3 or mel.shape[1] != self.dims.n_mels or not fits:
             raise ValueError(f"mel: expected shape (B, {self.dims.n_mels}, {full}), got {mel.shape}")
-        return encoder(self.ops, self.dims, np.asarray(mel, np.float32))
+        some = max(1, full // frames)  # windows at a time
+        parts = [encoder(self.ops, self.dims, np.asarray(mel[i : i + some], np.float32))
+                 for i in range(0, max(1, len(mel)), some)]  # fmt: skip
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def start(self, xa: np.ndarray) -> Cache:
         """xa (B, T, D) -> a cache of B rows, row r listening to window r; `Cache.repeat` makes groups of them."""

@@ -38,6 +38,14 @@ def test_encoder_then_decoder(kind):
     close(model.decode(tokens, model.start(xa), all_positions=True), plain.decode(tokens, xa.astype(np.float64)))
 
 
+def test_windows_are_encoded_in_parts():
+    metadata, tensors = toy_model()
+    model, mel = Model({**metadata, "audio_context": "variable"}, tensors), inputs(windows=5)[0]
+    third = 2 * (DIMS["n_audio_ctx"] // 3)  # of a window: 3 together, then 2
+    for some in (mel, mel[..., :third]):
+        close(model.encode(some), np.concatenate([model.encode(window[None]) for window in some]))
+
+
 def test_token_by_token_equals_all_at_once():
     model = Model(*toy_model("per_head"))
     mel, tokens = inputs()
