@@ -93,10 +93,11 @@ enum mg_status mg_attention(float *out, const float *q, const void *k, const voi
                             size_t gate_width, int causal, enum mg_precision precision,
                             size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d);
 
-/* What of the logits (m,n) may come next; the others become -infinity.  Not never (n_never); of the ids below begin those
-   from ranges[i][0] to ranges[i][1]-1, of the others those from ranges[i][2] to ranges[i][3]-1.  prefer: and if the others
-   together are likelier than the likeliest below begin, only they.  ids and values (m,k): the largest, descending, of
-   equals the smaller id first; totals (m): sum exp(logit - values[i][0]).
+/* What of the logits (m,n) may come next; the others become -infinity.  Not never (n_never); of the ids below begin
+   those from ranges[i][0] to ranges[i][1]-1, of the others those from ranges[i][2] to ranges[i][3]-1.  prefer: and if
+   the others together are likelier than the likeliest below begin, only they.  ids and values (m,k): the largest,
+   descending, of equals the smaller id first; totals (m): sum exp(logit - values[i][0]), not a number if a logit of the
+   row is none.
    MG_BAD_VALUE: k is not 1 to n, or an id or a range is outside n. */
 enum mg_status mg_choose(int64_t *ids, float *values, double *totals, float *logits, const int64_t *never,
                          const int64_t *ranges, size_t n_never, size_t begin, int prefer, size_t k, size_t m, size_t n);

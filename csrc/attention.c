@@ -211,7 +211,8 @@ enum mg_status mg_attention(float *out, const float *q, const void *k, const voi
         .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d, .n_query = group * t_q};
     if (t_k == 0 || group == 0 || n_batch % group != 0 || (causal && t_q > t_k))
         return MG_BAD_VALUE;
-    if ((gate != NULL && gate_width != 1 && gate_width != d) || (precision == MG_INT8 && d > MG_MAX_ATTENTION))
+    if ((gate != NULL && gate_width != 1 && gate_width != d) || (precision == MG_INT8 && d > MG_MAX_ATTENTION) ||
+        precision > MG_INT8)
         return MG_BAD_VALUE;
     if (n_batch == 0 || n_head == 0 || d == 0 || t_q == 0)
         return MG_OK;

@@ -1,4 +1,4 @@
-/* AVX2: the elementwise kernels of training. */
+/* AVX2: the kernels of rows.h. */
 #if defined(__x86_64__)
 #include "rows.h"
 

@@ -1,4 +1,4 @@
-/* AVX-512F: the elementwise kernels of training. */
+/* AVX-512F: the kernels of rows.h. */
 #if defined(__x86_64__)
 #include "rows.h"
 

@@ -20,21 +20,26 @@ MG_INLINE void mg_forbid(float *x, size_t first, size_t end)
         x[i] = -INFINITY;
 }
 
-/* sum_i exp(x[i] - top), where no x is above top; 0 where that is -infinity */
+/* sum_i exp(x[i] - top), where no x is above top; 0 where that is -infinity; not a number if an x is none */
 MG_INLINE double mg_sum_exponentials(const float *x, float top, size_t n)
 {
     double sum = 0.0;
+    int none = 0;
     for (size_t start = 0; start < n; start += MG_SUM_BLOCK) {
         size_t end = mg_min(start + MG_SUM_BLOCK, n), i = start;
         float lanes[MG_LANES] = {0};
         for (; i + MG_LANES <= end; i += MG_LANES)
-            for (int l = 0; l < MG_LANES; l++)
+            for (int l = 0; l < MG_LANES; l++) {
                 lanes[l] += mg_exp2((x[i + l] - top) * (float)MG_LOG2_E);
-        for (; i < end; i++)
+                none |= x[i + l] != x[i + l];
+            }
+        for (; i < end; i++) {
+            none |= x[i] != x[i];
             lanes[0] += mg_exp2((x[i] - top) * (float)MG_LOG2_E);
+        }
         sum += (double)mg_total(lanes);
     }
-    return sum;
+    return none ? NAN : sum;
 }
 
 /* The first x that is top; 0 if none is. */
@@ -57,7 +62,8 @@ MG_INLINE int mg_outweigh(const float *x, size_t first, size_t end, size_t middl
 {
     if (middle >= last)
         return 0;
-    float top = mg_largest(x + middle, last - middle), text = first < end ? mg_largest(x + first, end - first) : -INFINITY;
+    float top = mg_largest(x + middle, last - middle);
+    float text = first < end ? mg_largest(x + first, end - first) : -INFINITY;
     return top > -INFINITY && (double)top + log(mg_sum_exponentials(x + middle, top, last - middle)) > (double)text;
 }
 
@@ -82,7 +88,7 @@ MG_INLINE void mg_choose_row(const struct mg_choice *j, size_t row)
     }
     for (size_t i = j->k; i-- > 1;)     /* what was hidden from the next ones */
         x[ids[i]] = values[i];
-    j->totals[row] = 1.0 + mg_sum_exponentials(x, values[0], j->n);
+    j->totals[row] = values[0] == values[0] ? 1.0 + mg_sum_exponentials(x, values[0], j->n) : NAN;
     x[ids[0]] = values[0];
 }
 

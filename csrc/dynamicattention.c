@@ -50,10 +50,10 @@ static struct head head_of(const struct attention *job, size_t index)
 /* ---- keys and values ---- */
 
 /* Rows of a head lie too far from each other for processors to see what comes next. */
-MG_INLINE void fetch(const void *row, size_t bytes)
+MG_INLINE void fetch(uintptr_t row, size_t bytes)
 {
     for (size_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch((const char *)row + i);
+        __builtin_prefetch((const void *)(row + i));
 }
 
 /* d elements of a row as floats, in room if they have to be widened; and AHEAD rows further is fetched. */
@@ -61,9 +61,9 @@ static const float *row_at(const struct attention *job, const void *x, size_t at
 {
     const uint16_t *half = (const uint16_t *)x + at;
     if (job->call->half) {
-        fetch(half + AHEAD * row, job->call->d * sizeof *half);
+        fetch((uintptr_t)half + AHEAD * row * sizeof *half, job->call->d * sizeof *half);
     } else {
-        fetch((const float *)x + at + AHEAD * row, job->call->d * sizeof(float));
+        fetch((uintptr_t)x + (at + AHEAD * row) * sizeof(float), job->call->d * sizeof(float));
         return (const float *)x + at;
     }
     for (size_t i = 0; i < job->call->d; i++)
@@ -93,7 +93,8 @@ static void pack_keys(const struct attention *job, const struct head *head, size
                 row[i] = key[i] - mean[i];
             head->key_scale[j] = job->kernels->quantize_row(q, row, c->d);
         }
-        head->start[j] = -job->kernels->offset * mg_pack_key(head->keys + j / MG_PANEL * key_bytes(job), q, j % MG_PANEL, c->d);
+        int8_t *panel = head->keys + j / MG_PANEL * key_bytes(job);
+        head->start[j] = -job->kernels->offset * mg_pack_key(panel, q, j % MG_PANEL, c->d);
     }
 }
 
@@ -295,9 +296,9 @@ static void attend_tile(void *context, size_t task, size_t worker)
     for (size_t i = first, rows = job->kernels->max_rows; i < end; i += rows) {
         size_t some = mg_min(rows, end - i), head = index % job->call->n_head, at = batch * n_query + i;
         for (size_t r = 0; r < some; r++)
-            fetch(out_of(job->call, at + r, head), job->call->d * sizeof(float));
+            fetch((uintptr_t)out_of(job->call, at + r, head), job->call->d * sizeof(float));
         for (size_t r = some; r < mg_min(2 * rows, end - i); r++)
-            fetch(query_of(job->call, at + r, head), job->call->d * sizeof(float));
+            fetch((uintptr_t)query_of(job->call, at + r, head), job->call->d * sizeof(float));
         attend_rows(job, &room, &packed, at, head, some);
     }
 }

@@ -108,9 +108,10 @@ struct mg_finish_tile {
     size_t scale_step, stride, rows;    /* stride: between rows of out, half and residual */
 };
 
-/* Kernels of attention in int8, see staticattention.c.  Sums of up to MG_MAX_ATTENTION products, exact. */
+/* Kernels of attention in int8, see staticattention.c and dynamicattention.c.  Sums of up to MG_MAX_ATTENTION products,
+   exact. */
 struct mg_int8_attention {
-    /* For more queries than this that share their keys, products are made of packed panels. */
+    /* For more queries than this that share their keys, staticattention.c makes products of packed panels. */
     size_t few_queries;
 
     /* dot_panel for a in uint8 and weights that may be -128; a (rows,k) with rows k rounded up to 4 apart.  sum_panel:
@@ -128,8 +129,8 @@ struct mg_int8_attention {
     uint32_t (*weigh)(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
 
     /* Of n scores, 1 to MG_WEIGHED, as base-2 logarithms: x[j] = scale * key_scale[j] * scores[j], scale and key_scale at
-       least 0, scores as those of weigh with room for MG_WEIGHED; top: the largest x; p[j] = rint(255 * 2^(x[j] - top)); -> the sum of these
-       before they are rounded. */
+       least 0, scores as those of weigh with room for MG_WEIGHED; top: the largest x;
+       p[j] = rint(255 * 2^(x[j] - top)); -> the sum of these before they are rounded. */
     float (*weigh_some)(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n, float scale,
                         float *top);
 
@@ -139,7 +140,8 @@ struct mg_int8_attention {
 };
 extern const struct mg_int8_attention mg_portable_int8;
 
-/* Kernels of training and of decoding's choices, rows.h: work on rows, or elements, first .. end-1 of a job, with scratch memory. */
+/* Kernels of training and of decoding's choices, rows.h: work on rows, or elements, first .. end-1 of a job, with
+   scratch memory. */
 typedef void (*mg_row_kernel)(const void *job, size_t first, size_t end, void *room);
 struct mg_rows {
     mg_row_kernel layer_norm_backward, gelu_backward, column_sums, logit_losses, magnitude, power_sum, power_backward,

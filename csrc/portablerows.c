@@ -1,4 +1,4 @@
-/* Plain C: the elementwise kernels of training. */
+/* Plain C: the kernels of rows.h. */
 #include "rows.h"
 
 MG_ROWS_TABLE(mg_portable_rows, );

@@ -1,6 +1,6 @@
-/* The elementwise kernels of training, and the choice of tokens, as plain loops, which compilers vectorize: each file of an instruction set makes
-   its own functions of them, MG_ROWS_TABLE.  A kernel works on rows or elements first .. end-1 of its job; room is
-   scratch memory of its own. */
+/* The elementwise kernels of training, and the choice of tokens, as plain loops, which compilers vectorize: each file of
+   an instruction set makes its own functions of them, MG_ROWS_TABLE.  A kernel works on rows or elements first .. end-1
+   of its job; room is scratch memory of its own. */
 #ifndef MG_ROWS_H
 #define MG_ROWS_H
 

@@ -95,6 +95,15 @@ def quantizable(dims: Mapping[str, int]) -> list[str]:
     return [name.removesuffix(".weight") for name in weights]
 
 
+def keepable(dims: Mapping[str, int], scheme: str) -> list[str]:
+    """The modules that a scheme rounds, and keep_float may name, in the network's order: all of them in w8a8-static; in
+    the others those with weights, and in w8a8-dynamic the encoder's attention."""
+    rounded = set(quantizable(dims))
+    if scheme == "w8a8-dynamic":
+        rounded |= {f"encoder.blocks.{i}.attn" for i in range(dims["n_audio_layer"])}
+    return [module for module in graph.modules(dims) if scheme == "w8a8-static" or module in rounded]
+
+
 def expected_tensors(metadata: Mapping) -> dict[str, tuple[tuple[int, ...], str]]:
     """name -> (shape, "int8" | "float32" (a scale) | "float" (float32 or float16)) for dims, gate and quantization."""
     dims, quantization = metadata["dims"], metadata["quantization"]
@@ -220,7 +229,7 @@ def _check_quantization(where: str | Path, metadata: Mapping) -> None:
     scheme, weights, kept = (quantization.get(key) for key in ("scheme", "weights", "keep_float"))
     _want(f"{where}: scheme", scheme in SCHEMES, " or ".join(SCHEMES), scheme)
     _want(f"{where}: weights", weights in ("per-channel", "per-tensor"), "per-channel or per-tensor", weights)
-    layers = graph.modules(dims) if scheme == "w8a8-static" else quantizable(dims)
+    layers = keepable(dims, scheme)
     _want(f"{where}: keep_float", isinstance(kept, list) and all(layer in layers for layer in kept),
           "a list of layers like decoder.blocks.0.mlp.2", kept)
     helpers = quantization.get("helpers")

@@ -45,9 +45,23 @@ def choose(logits: np.ndarray, never: np.ndarray, ranges: np.ndarray, begin: int
     if not 1 <= k <= n:
         raise ValueError(f"k: expected 1 to {n}, got {k}")
     if not _in_c(logits):
+        _check_ids(never, ranges, begin, n)
         return Choice(*reference.choose(logits, never, ranges, begin, prefer, k))
     ids, values, totals = np.empty((rows, k), I64), np.empty((rows, k), F32), np.empty(rows)
-    _check(lib.mg_choose(ffi.from_buffer(_IDS, ids), _floats(values), ffi.from_buffer(_TOTALS, totals), _floats(logits),
-                         ffi.from_buffer(_IDS, never), ffi.from_buffer(_IDS, ranges), len(never), begin, prefer, k,
-                         rows, n))  # fmt: skip
+    status = lib.mg_choose(ffi.from_buffer(_IDS, ids), _floats(values), ffi.from_buffer(_TOTALS, totals),
+                           _floats(logits), ffi.from_buffer(_IDS, never), ffi.from_buffer(_IDS, ranges), len(never),
+                           begin, prefer, k, rows, n)  # fmt: skip
+    if status == lib.MG_BAD_VALUE:
+        _check_ids(never, ranges, begin, n)
+    _check(status)
     return Choice(ids, values, totals)
+
+
+def _check_ids(never: np.ndarray, ranges: np.ndarray, begin: int, n: int) -> None:
+    """ValueError for an id or a range outside the vocabulary of n."""
+    if never.size and not 0 <= never.min() <= never.max() < n:
+        raise ValueError(f"never: expected 0 to {n - 1}, got {never.min()} to {never.max()}")
+    for first, end, middle, last in ranges.tolist():
+        if not 0 <= first <= end <= begin <= middle <= last <= n:
+            raise ValueError(f"ranges: expected 0 <= first <= end <= {begin} <= first <= end <= {n}, got "
+                             f"{first}, {end}, {middle}, {last}")  # fmt: skip

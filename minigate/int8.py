@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minigate import kernels, ops, reference, static_kernels
+from minigate import kernels, ops, packing, reference, static_kernels
 
 TILE = 128 * 1024  # weights that are in memory as float32 at a time, 512 kB
 
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 class Weight(NamedTuple):
     """A linear's weights: q (N, K), as stored or as packed for the kernel, scale (N,) float32."""
 
-    q: np.ndarray | kernels.PackedInt8
+    q: np.ndarray | packing.PackedInt8
     scale: np.ndarray
 
 
@@ -45,7 +45,7 @@ class Int8Weights(ops.Float):
 
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
         self.scales = {name.removesuffix(".scale"): tensors[name] for name in tensors if name.endswith(".scale")}
-        self.room = kernels.Room()
+        self.room = packing.Room()
         super().__init__(metadata, tensors)
 
     def is_parameter(self, name: str) -> bool:
@@ -58,15 +58,15 @@ class Int8Weights(ops.Float):
         scale = np.array(np.broadcast_to(self.scales[name.removesuffix(".weight")], q.shape[:1]), np.float32)
         return Weight(self.packed(q), scale)
 
-    def packed(self, q: np.ndarray) -> np.ndarray | kernels.PackedInt8:
+    def packed(self, q: np.ndarray) -> np.ndarray | packing.PackedInt8:
         """q (N, K) -> the form for integer products, if there are any."""
-        return kernels.pack_int8(q, self.room)
+        return packing.pack_int8(q, self.room)
 
     def token_rows(self, tokens: np.ndarray) -> np.ndarray:
         table = self.p["decoder.token_embedding.weight"]
         if not isinstance(table, Weight):
             return table[tokens]
-        rows = table.q.rows(tokens) if isinstance(table.q, kernels.PackedInt8) else table.q[tokens]
+        rows = table.q.rows(tokens) if isinstance(table.q, packing.PackedInt8) else table.q[tokens]
         return rows * table.scale[tokens][..., None]
 
 
@@ -110,7 +110,9 @@ class Dynamic(Int8Weights):
         return super().attention(name, q, k, v, h.x, n_head, causal)
 
     def precision(self, name: str) -> str:
-        return "float32" if name in self.kept else "bf16" if name.startswith("decoder.") else "int8"
+        if name.startswith("decoder."):
+            return "bf16"
+        return "float32" if name in self.kept else "int8"
 
 
 class WeightOnly(Int8Weights):

@@ -25,15 +25,11 @@ else:
     compiled, _missing = True, ""
     _FLOATS, _INTS, _BYTES = ffi.typeof("float[]"), ffi.typeof("int32_t[]"), ffi.typeof("int8_t[]")
     _HALVES = ffi.typeof("uint16_t[]")
-    _PRECISIONS = {"float32": lib.MG_FLOAT32, "bf16": lib.MG_BF16, "int8": lib.MG_INT8}
 
 F32, F64, I8, U16 = (np.dtype(t) for t in (np.float32, np.float64, np.int8, np.uint16))
+PRECISIONS = ("float32", "bf16", "int8")    # of attention; enum mg_precision
 MAX_THREADS = 256
 MAX_K = 131072      # inputs of an integer product that int32 surely holds
-ALIGNMENT = 64      # bytes, of packed weights
-PANEL = 64          # columns of a panel of packed weights
-CHUNK = 32 << 20    # bytes of packed weights that are allocated at once
-HUGE_PAGE = 2 << 20  # bytes
 LARGE = 1 << 18     # bytes of an array whose memory is kept for the next one
 
 _isa = ""           # the chosen instruction set; "" until one is needed
@@ -183,67 +179,8 @@ def release_memory() -> None:
 
 # ---- integers ----
 
-class Room:
-    """Memory for the packed weights of a model, side by side in large chunks, for which NumPy asks for huge pages: a
-    token reads all of them once, and finding their small pages would take a tenth of its time."""
-
-    def __init__(self, chunk: int = CHUNK):
-        self._chunk, self._free = chunk, np.empty(0, I8)
-
-    def take(self, n: int) -> np.ndarray:
-        """-> (n,) int8 on a boundary of ALIGNMENT bytes. What is not taken of a chunk is never touched."""
-        if len(self._free) < n:
-            chunk = np.empty(max(n, self._chunk) + HUGE_PAGE, I8)
-            self._free = chunk[-chunk.ctypes.data % HUGE_PAGE:]
-        room, self._free = self._free[:n], self._free[n + -n % ALIGNMENT:]
-        return room
-
-
-class PackedInt8:
-    """int8 weights (N, K) in the order in which the products read them; made by pack_int8()."""
-
-    __slots__ = ("shape", "_plain", "_packed", "_pointer")
-
-    def __init__(self, q: np.ndarray, room: "Room"):
-        self.shape = q.shape
-        if not compiled:
-            self._plain = q
-            return
-        self._plain, self._packed = None, room.take(lib.mg_packed_bytes(*q.shape))
-        self._pointer = ffi.from_buffer(_BYTES, self._packed)
-        _check(lib.mg_pack_int8(self._pointer, ffi.from_buffer(_BYTES, q), *q.shape))
-
-    def pointer(self):
-        """The packed form (csrc/pack.c) as C reads it."""
-        return self._pointer
-
-    def rows(self, index: np.ndarray) -> np.ndarray:
-        """Some rows of the weights as they were: index (...) -> (..., K) int8."""
-        if self._plain is not None:
-            return self._plain[index]
-        n, k = self.shape
-        panels, groups = -(-n // PANEL), -(-k // 4)
-        packed = self._packed[:panels * groups * PANEL * 4].reshape(panels, groups, PANEL, 4)
-        return packed[index // PANEL, :, index % PANEL].reshape(*index.shape, 4 * groups)[..., :k]
-
-    def plain(self) -> np.ndarray:
-        """The weights (N, K) int8 as they were."""
-        return np.ascontiguousarray(self.rows(np.arange(self.shape[0])))
-
-
-def pack_int8(q: np.ndarray, room: Room | None = None) -> PackedInt8:
-    """q (N, K) int8 in [-127, 127], at most MAX_K columns -> packed weights, which do not refer to q; in `room` with
-    others that live as long."""
-    q = _matrix("q", q, None, I8)
-    if q.shape[1] > MAX_K:
-        raise ValueError(f"q: expected at most {MAX_K} columns, got {q.shape[1]}")
-    if q.size and q.min() < -127:
-        raise ValueError("q: expected weights from -127 to 127, got -128")
-    return PackedInt8(q, room or Room(0))
-
-
-def matmul_int8(a: np.ndarray, w: PackedInt8) -> np.ndarray:
-    """a (M, K) int8, w (N, K) -> a wᵀ (M, N) int32, exact."""
+def matmul_int8(a: np.ndarray, w) -> np.ndarray:
+    """a (M, K) int8, w (N, K) packed (packing.py) -> a wᵀ (M, N) int32, exact."""
     n, k = w.shape
     a = _matrix("a", a, k, I8)
     if not _in_c(a):
@@ -265,7 +202,7 @@ def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return q, scale
 
 
-def linear_int8(q: np.ndarray, a_scale: np.ndarray, w: PackedInt8, w_scale: np.ndarray, bias=None, gelu=False,
+def linear_int8(q: np.ndarray, a_scale: np.ndarray, w, w_scale: np.ndarray, bias=None, gelu=False,
                 residual=None, bf16=False) -> np.ndarray:
     """[gelu](a_scale[m] * w_scale[n] * (q wᵀ)[m, n] + bias[n]) + residual -> (M, N) float32, or if bf16 bfloat16, which
     is uint16 for NumPy.
@@ -288,7 +225,7 @@ def linear_int8(q: np.ndarray, a_scale: np.ndarray, w: PackedInt8, w_scale: np.n
     return out
 
 
-def linear_int8_rows(q: np.ndarray, a_scale: np.ndarray, w: PackedInt8, w_scale: np.ndarray, bias=None,
+def linear_int8_rows(q: np.ndarray, a_scale: np.ndarray, w, w_scale: np.ndarray, bias=None,
                      gelu=False) -> tuple[np.ndarray, np.ndarray]:
     """quantize_rows of linear_int8, of which the floats are never in memory as a whole -> (M, N) int8, (M,) float32."""
     n, k = w.shape
@@ -388,6 +325,8 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=F
     gate: None, (B, Tq, H) or (B, Tq, D). causal: query i sees keys j <= i + Tk - Tq, which needs Tq <= Tk.
     precision: float32; bf16 of many queries, where the instruction set can; or int8 with scales found on the way
     (csrc/dynamicattention.c), where all numbers are finite, and D / H at most 32768. float64 stays as it is."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected {' or '.join(PRECISIONS)}, got {precision!r}")
     dtype = _float_type("q", q)
     q = _strided("q", q, q.shape if q.ndim == 3 else (None, None, None), dtype)
     n_batch, t_q, n_state = q.shape
@@ -413,6 +352,6 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=F
     out = empty((n_batch, t_q, n_state), F32)
     (q_data, *q_strides), (k_data, *k_strides), (v_data, *v_strides) = _view(q), _view(k), _view(v)
     _check(lib.mg_attention(_floats(out), q_data, k_data, v_data, half, _floats(gate), *q_strides, *k_strides,
-                            *v_strides, gate_width, causal, _PRECISIONS[precision], n_batch, n_batch // k_batch, n_head,
-                            t_q, t_k, n_state // n_head))
+                            *v_strides, gate_width, causal, PRECISIONS.index(precision), n_batch, n_batch // k_batch,
+                            n_head, t_q, t_k, n_state // n_head))
     return out

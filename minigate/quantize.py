@@ -63,7 +63,7 @@ def quantized(metadata: Mapping, tensors: Mapping[str, np.ndarray], scheme: str,
               ) -> tuple[dict, dict[str, np.ndarray]]:  # fmt: skip
     """A float model -> metadata with its quantization, tensors. What stays float is float16 where that loses nothing.
 
-    keep_float: as `graph.expand_keep_float` takes it; in the schemes without points only layers with weights count.
+    keep_float: as `graph.expand_keep_float` takes it; only what `checkpoint.keepable` names counts.
     helpers: what was done to the tensors before. found: what calibration adds. UsageError for a model that is quantized
     already, or a layer that there is not.
     """
@@ -75,10 +75,8 @@ def quantized(metadata: Mapping, tensors: Mapping[str, np.ndarray], scheme: str,
 def with_quantization(metadata: Mapping, scheme: str, weights: str, keep_float: Iterable[str],
                       helpers: Mapping | None = None, found: Mapping | None = None) -> dict:  # fmt: skip
     """A float model's metadata -> that of the quantized one; arguments as of `quantized`."""
-    kept = graph.expand_keep_float(keep_float, metadata["dims"])
-    if scheme != "w8a8-static":
-        layers = checkpoint.quantizable(metadata["dims"])
-        kept = [module for module in kept if module in layers]
+    layers = checkpoint.keepable(metadata["dims"], scheme)
+    kept = [module for module in graph.expand_keep_float(keep_float, metadata["dims"]) if module in layers]
     quantization = {"scheme": scheme, "weights": weights, "keep_float": kept,
                     "helpers": {**NO_HELPERS, **(helpers or {})}, **(found or {})}  # fmt: skip
     return {**metadata, "quantization": quantization}

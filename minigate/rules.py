@@ -38,7 +38,7 @@ def suppressed_tokens(model, chosen: tuple[int, ...]) -> np.ndarray:
         ids.update(tokenizer.non_speech_tokens if own is None else own)
     ids.update((tokenizer.transcribe, tokenizer.translate, tokenizer.sot, tokenizer.sot_prev, tokenizer.sot_lm))
     ids.add(tokenizer.no_speech)  # its probability is read where the text starts
-    return np.array(sorted(ids))
+    return np.array(sorted(ids), np.int64)
 
 
 class Rules:
@@ -64,7 +64,7 @@ class Rules:
             if any(sound_s is not None for sound_s in sounds):
                 latest_s = [CHUNK_S if s is None else max(0.0, s - SHORTEST_SEGMENT_S) for s in sounds]
                 self.max_start = np.array([self.timestamp_begin + int(s / precision_s) for s in latest_s])
-        self.never_first = np.union1d(self.never, np.array(not_first, int))  # nor does a text begin with a blank
+        self.never_first = np.union1d(self.never, np.array(not_first, np.int64))  # nor does a text begin with a blank
 
     def keep(self, rows: np.ndarray) -> None:
         """Go on with these rows only, indices into those of now."""

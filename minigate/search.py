@@ -61,7 +61,7 @@ class Sampler:
 
     def step(self, logits: np.ndarray, choice: Choice) -> None:
         """logits (rows, V), choice of one: extend every row; one that has ended gets end tokens."""
-        chosen, values = choice.ids[:, 0], choice.values
+        chosen, values = choice.ids[:, 0].copy(), choice.values
         if self.temperature > 0:
             chosen = self._draw(logits)
             values = np.take_along_axis(logits, chosen[:, None], axis=1)

@@ -3,7 +3,7 @@
     Judge.costs([what stays float, …]) -> for each the KL of the float model's next-token distribution to the simulated
     quantized one's, in nats, mean over the tokens of the calibration's first batch
 
-A layer is a module of `graph.modules`; in the schemes without fixed ranges, one with weights. A cost is that of a
+A layer is what `checkpoint.keepable` names. A cost is that of a
 simulation (`quantsim`), which differs from the kernels by rounding only.
 
 T positions, V n_vocab.
@@ -76,10 +76,7 @@ class Judge:
 
 def layers(metadata: Mapping) -> list[str]:
     """What may be kept in float, in the network's order."""
-    known = graph.modules(metadata["dims"])
-    if metadata["quantization"]["scheme"] == "w8a8-static":
-        return known
-    return [module for module in known if module in checkpoint.quantizable(metadata["dims"])]
+    return checkpoint.keepable(metadata["dims"], metadata["quantization"]["scheme"])
 
 
 def encoder_state(operators: ops.Float) -> tuple:

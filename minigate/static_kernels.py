@@ -17,7 +17,6 @@ from minigate import static_reference as reference
 from minigate.kernels import (  # the other half of the door
     F32,
     I8,
-    PackedInt8,
     _array,
     _check,
     _floats,
@@ -28,6 +27,7 @@ from minigate.kernels import (  # the other half of the door
     compiled,
     empty,
 )
+from minigate.packing import PackedInt8
 
 if compiled:
     from minigate._kernels import ffi, lib

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from kernelcases import ATTENTION_ERROR, SIZES, close, exact_attention, floats, int8s, weights
 
-from minigate import kernels, reference
+from minigate import kernels, packing, reference
 from minigate.errors import UsageError
 
 GUARD = 64      # sentinel elements on either side of an output
@@ -62,12 +62,12 @@ def unharmed(room):
 def test_products_keep_to_their_arrays(compiled_isa, shape, rng):
     (m, n, k), lib, keep = shape, kernels.lib, []
     a, w = (at_page_end(int8s(rng, "random", rows, k), keep) for rows in (m, n))
-    w = kernels.pack_int8(np.maximum(w, -127))
+    w = packing.pack_int8(np.maximum(w, -127))
     packed = at_page_end(np.asarray(w._packed), keep)
     a_scale, w_scale, bias, residual = (at_page_end(floats(rng, *s), keep) for s in ((m,), (n,), (n,), (m, n)))
     acc_room, acc = guarded((m, n), np.int32)
     out_room, out = guarded((m, n), np.float32)
-    assert packed.ctypes.data % kernels.ALIGNMENT == 0
+    assert packed.ctypes.data % packing.ALIGNMENT == 0
     assert lib.mg_matmul_int8(pointer(acc), pointer(a), pointer(packed), m, n, k) == lib.MG_OK
     assert lib.mg_linear_int8(pointer(out), kernels.ffi.NULL, pointer(a), pointer(a_scale), pointer(packed),
                               pointer(w_scale), pointer(bias), pointer(residual), True, m, n, k) == lib.MG_OK
@@ -118,9 +118,11 @@ def test_the_extension_rejects_what_python_would_have_caught():
     assert lib.mg_pack_int8(pointer(packed), q, 1, 8) == lib.MG_BAD_VALUE
     assert lib.mg_set_threads(0) == lib.MG_BAD_VALUE
     assert lib.mg_use_isa(b"mmx") == lib.MG_BAD_ISA
-    sizes = dict(gate_width=1, causal=0, precision=2, n_batch=2, group=1, n_head=1, t_q=2, t_k=2, d=2)
+    sizes = dict(gate_width=1, causal=0, precision=lib.MG_INT8, n_batch=2, group=1, n_head=1, t_q=2, t_k=2, d=2)
     for change in ({"t_k": 0}, {"group": 0}, {"n_batch": 3, "group": 2}, {"t_q": 3, "causal": 1}, {"gate_width": 3}):
         assert lib.mg_attention(x, x, x, x, 0, x, *[0] * 6, *{**sizes, **change}.values()) == lib.MG_BAD_VALUE
+    wide = {**sizes, "gate_width": 32769, "d": 32769}.values()  # of sums in int32
+    assert lib.mg_attention(x, x, x, x, 0, x, *[0] * 6, *wide) == lib.MG_BAD_VALUE
 
 
 # ---- threads and processes ----
@@ -130,7 +132,7 @@ def all_kernels(rng):
     a, w = int8s(rng, "random", 200, 100), weights(rng, "random", 300, 100)
     x, y = floats(rng, 200, 384), floats(rng, 1, 400, 384)
     q, scale = kernels.quantize_rows(x)
-    return [kernels.matmul_int8(a, kernels.pack_int8(w)), kernels.matmul_int8(a[:1], kernels.pack_int8(w)), q, scale,
+    return [kernels.matmul_int8(a, packing.pack_int8(w)), kernels.matmul_int8(a[:1], packing.pack_int8(w)), q, scale,
             kernels.layer_norm(x, x[0], x[1]), kernels.gelu(x), kernels.attention(y, y, y, 6),
             kernels.attention(y[:, :1], y, y, 6), kernels.attention(y, y, y, 6, precision="int8")]
 
@@ -249,10 +251,10 @@ def test_without_the_extension_numpy_runs_and_one_warning_says_so():
         import json, sys
         sys.modules["minigate._kernels"] = None
         import numpy as np
-        from minigate import kernels
+        from minigate import kernels, packing
         x = np.arange(6, dtype=np.float32).reshape(2, 3)
         q, scale = kernels.quantize_rows(x)
-        y = kernels.linear_int8(q, scale, kernels.pack_int8(q), scale, gelu=True)
+        y = kernels.linear_int8(q, scale, packing.pack_int8(q), scale, gelu=True)
         y = kernels.layer_norm(y, y[0], y[1])
         print(json.dumps([kernels.compiled, kernels.usable_isas(), kernels.set_threads(2), y.tolist()]))"""
     environment = {key: value for key, value in os.environ.items() if key != "MINIGATE_ISA"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from kernelcases import ATTENTION_ERROR, GELU_ERROR, SIZES, close, exact_attention, floats, int8s, weights
 
-from minigate import kernels, reference
+from minigate import kernels, packing, reference
 from minigate.errors import UsageError
 
 RELATIVE = 2e-6             # of a float32 result, relative to the largest magnitude that enters it
@@ -28,7 +28,7 @@ def test_matmul_int8_equals_numpy(isa, fill, rng):
     for m, n, k in shapes + [(m, 64, 96) for m in range(1, 14)]:
         a = int8s(rng, fill, m, k)
         w = weights(rng, "low" if fill == "high" else fill, n, k)
-        acc = kernels.matmul_int8(a, kernels.pack_int8(w))
+        acc = kernels.matmul_int8(a, packing.pack_int8(w))
         assert acc.dtype == np.int32
         assert np.array_equal(acc, a.astype(np.int64) @ w.T.astype(np.int64)), (m, n, k)
 
@@ -37,41 +37,41 @@ def test_matmul_int8_equals_numpy(isa, fill, rng):
 def test_matmul_int8_is_exact_up_to_the_largest_k(isa, low):
     a = np.full((2, kernels.MAX_K), -128, np.int8)
     w = np.full((1, kernels.MAX_K), low, np.int8)
-    assert (kernels.matmul_int8(a, kernels.pack_int8(w)) == -128 * low * kernels.MAX_K).all()
+    assert (kernels.matmul_int8(a, packing.pack_int8(w)) == -128 * low * kernels.MAX_K).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 7), (4, 0, 7), (4, 5, 0)])
 def test_matmul_int8_of_nothing(isa, shape):
     m, n, k = shape
-    acc = kernels.matmul_int8(np.zeros((m, k), np.int8), kernels.pack_int8(np.zeros((n, k), np.int8)))
+    acc = kernels.matmul_int8(np.zeros((m, k), np.int8), packing.pack_int8(np.zeros((n, k), np.int8)))
     assert acc.shape == (m, n) and not acc.any()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (64, 4), (65, 33), (130, 7)])
 def test_packed_weights_give_the_plain_ones_back(shape, rng):
     w = weights(rng, "random", *shape)
-    assert np.array_equal(kernels.pack_int8(w).plain(), w)
-    assert kernels.pack_int8(w).shape == shape
+    assert np.array_equal(packing.pack_int8(w).plain(), w)
+    assert packing.pack_int8(w).shape == shape
     index = np.array([[0, shape[0] - 1], [shape[0] // 2, 0]])
-    assert np.array_equal(kernels.pack_int8(w).rows(index), w[index])
+    assert np.array_equal(packing.pack_int8(w).rows(index), w[index])
 
 
 def test_packed_weights_share_a_room(rng):
-    room = kernels.Room(100_000)
+    room = packing.Room(100_000)
     some = [weights(rng, "random", *shape) for shape in [(70, 33), (300, 100), (64, 4), (1000, 200), (5, 9), (5, 9)]]
-    packed = [kernels.pack_int8(w, room) for w in some]
+    packed = [packing.pack_int8(w, room) for w in some]
     for w, p in zip(some, packed, strict=True):
         assert np.array_equal(p.plain(), w)
     if kernels.compiled:
         at = [int(kernels.ffi.cast("uintptr_t", p.pointer())) for p in packed]
-        assert not any(address % kernels.ALIGNMENT for address in at)
+        assert not any(address % packing.ALIGNMENT for address in at)
         assert at[1] - at[0] == 2 * 64 * 36 + 2 * 64 * 4  # panels and sums, csrc/pack.c
 
 
 def test_packed_weights_survive_a_change_of_instruction_set(isa, rng):
     w, a = weights(rng, "random", 70, 50), int8s(rng, "random", 3, 50)
     kernels.use_isa("numpy")
-    packed = kernels.pack_int8(w)
+    packed = packing.pack_int8(w)
     wanted = kernels.matmul_int8(a, packed)
     kernels.use_isa(isa)
     assert np.array_equal(kernels.matmul_int8(a, packed), wanted)
@@ -85,7 +85,7 @@ def test_linear_int8(isa, bias, gelu, residual, rng):
         q, w = int8s(rng, "random", m, k), weights(rng, "random", n, k)
         a_scale, w_scale = rng.uniform(1e-3, 2e-3, m).astype("f"), rng.uniform(1e-3, 2e-3, n).astype("f")
         b, r = (floats(rng, n) if bias else None), (floats(rng, m, n) if residual else None)
-        got = kernels.linear_int8(q, a_scale, kernels.pack_int8(w), w_scale, b, gelu, r)
+        got = kernels.linear_int8(q, a_scale, packing.pack_int8(w), w_scale, b, gelu, r)
         y = (q.astype(float) @ w.T.astype(float)) * a_scale[:, None].astype(float) * w_scale
         y = y if b is None else y + b
         y = reference.gelu(y) if gelu else y
@@ -110,7 +110,7 @@ def test_quantize_rows_equals_numpy(isa, rng):
 def test_linear_int8_rows_quantizes_the_rows_of_linear_int8(isa, shape, gelu, rng):
     m, n, k = shape     # more than 384 rows are quantized tile by tile
     q, a_scale = int8s(rng, "random", m, k), rng.uniform(1e-3, 2e-3, m).astype("f")
-    w, w_scale = kernels.pack_int8(weights(rng, "random", n, k)), rng.uniform(1e-3, 2e-3, n).astype("f")
+    w, w_scale = packing.pack_int8(weights(rng, "random", n, k)), rng.uniform(1e-3, 2e-3, n).astype("f")
     others = w, w_scale, floats(rng, n), gelu
     wanted_q, wanted_scale = kernels.quantize_rows(kernels.linear_int8(q, a_scale, *others))
     got_q, got_scale = kernels.linear_int8_rows(q, a_scale, *others)
@@ -226,7 +226,7 @@ def test_read_only_mapped_arrays_are_taken(isa, rng, tmp_path):
     close(kernels.linear_f32(x, x[0]), np.asarray(x[0].astype(float) @ x[0].T.astype(float))[None], 1e-4)
     assert np.array_equal(kernels.quantize_rows(x[0])[0], reference.quantize_rows(x[0])[0])
     q = np.memmap(path, np.int8, "r", shape=(40, 48))
-    assert np.array_equal(kernels.pack_int8(np.maximum(q, -127)).plain(), np.maximum(q, -127))
+    assert np.array_equal(packing.pack_int8(np.maximum(q, -127)).plain(), np.maximum(q, -127))
 
 
 # ---- what is rejected ----
@@ -234,12 +234,12 @@ def test_read_only_mapped_arrays_are_taken(isa, rng, tmp_path):
 X = np.ones((2, 3, 8), np.float32)
 Q = np.ones((4, 8), np.int8)
 S = np.ones(4, np.float32)
-W = kernels.pack_int8(np.ones((5, 8), np.int8))
+W = packing.pack_int8(np.ones((5, 8), np.int8))
 BAD = [
-    (lambda: kernels.pack_int8(X[0]), TypeError, "q: expected an array of int8, got float32"),
-    (lambda: kernels.pack_int8(Q[0]), ValueError, r"q: expected shape \(any, any\), got \(8,\)"),
-    (lambda: kernels.pack_int8(-Q - 127), ValueError, "q: expected weights from -127 to 127, got -128"),
-    (lambda: kernels.pack_int8(np.zeros((1, 131073), np.int8)), ValueError, "at most 131072 columns, got 131073"),
+    (lambda: packing.pack_int8(X[0]), TypeError, "q: expected an array of int8, got float32"),
+    (lambda: packing.pack_int8(Q[0]), ValueError, r"q: expected shape \(any, any\), got \(8,\)"),
+    (lambda: packing.pack_int8(-Q - 127), ValueError, "q: expected weights from -127 to 127, got -128"),
+    (lambda: packing.pack_int8(np.zeros((1, 131073), np.int8)), ValueError, "at most 131072 columns, got 131073"),
     (lambda: kernels.matmul_int8(Q.astype(np.int64), W), TypeError, "a: expected an array of int8, got int64"),
     (lambda: kernels.matmul_int8(Q[:, 1:], W), ValueError, r"a: expected shape \(4, 8\), got \(4, 7\)"),
     (lambda: kernels.matmul_int8([[1]], W), TypeError, "a: expected an array of int8, got list"),
@@ -263,6 +263,9 @@ BAD = [
     (lambda: kernels.attention(X[:1], X, X, 2), ValueError, "k: expected a number of rows that divides the 1 of q"),
     (lambda: kernels.attention(X, X[:, :0], X[:, :0], 2), ValueError, "k: expected at least 1 positions, got 0"),
     (lambda: kernels.attention(X, X[:, :2], X[:, :2], 2, True), ValueError, "k: expected at least 3 positions, got 2"),
+    (lambda: kernels.attention(X, X, X, 2, precision="int4"), ValueError, "expected float32 or bf16 or int8, got 'i"),
+    (lambda: W.rows(np.array([0, 5])), IndexError, "index: expected 0 to 4, got 0 to 5"),
+    (lambda: W.rows(np.array([-1])), IndexError, "index: expected 0 to 4, got -1 to -1"),
     (lambda: kernels.attention(X, X, X, 2, gate=X[:, :, :3]), ValueError, r"gate: expected shape \(2, 3, 2\)"),
     (lambda: kernels.set_threads(0), UsageError, "threads: expected 1 to 256, got 0"),
     (lambda: kernels.set_threads(257), UsageError, "threads: expected 1 to 256, got 257"),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from minigate import kernels, reference
+from minigate import kernels, packing, reference
 from minigate import training_kernels as tk
 from tests.kernelcases import ATTENTION_ERROR, close, exact_attention, floats, int8s, weights
 from tests.test_csrc import at_page_end, guarded, pointer, unharmed
@@ -34,7 +34,7 @@ def test_rounding_to_bf16():
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 130, 64), (49, 65, 30)])
 def test_linear_int8_ends_in_bf16(isa, shape, rng):
     m, n, k = shape
-    q, w = int8s(rng, "random", m, k), kernels.pack_int8(weights(rng, "random", n, k))
+    q, w = int8s(rng, "random", m, k), packing.pack_int8(weights(rng, "random", n, k))
     others = abs(floats(rng, m)), w, floats(rng, n), floats(rng, n), True, floats(rng, m, n)
     got = kernels.linear_int8(q, *others, bf16=True)
     assert got.dtype == np.uint16

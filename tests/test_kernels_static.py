@@ -8,7 +8,7 @@ M rows, K inputs, N outputs, B batch, T time, H heads, d head size.
 import numpy as np
 import pytest
 
-from minigate import kernels, reference, static_reference
+from minigate import kernels, packing, reference, static_reference
 from minigate import static_kernels as sk
 from minigate.static_kernels import Grid, Tensor
 from tests.kernelcases import GELU_ERROR, SIZES, close, floats, int8s, weights
@@ -94,7 +94,7 @@ def check_linear(rng, m, n, k, out, bias=True, gelu=False, residual=None, fill="
     b = floats(rng, n) if bias else None
     r = {None: None, "int8": Tensor(int8s(rng, "random", m, n), RESIDUAL_GRID), "float32": Tensor(floats(rng, m, n))}
     args = w_scale, out, b, gelu, r[residual]
-    got = sk.linear(a, kernels.pack_int8(w), *args)
+    got = sk.linear(a, packing.pack_int8(w), *args)
     y = (a.data.astype(np.int64) - zero_point) @ w.T.astype(np.int64) * (float(a.grid.scale) * w_scale.astype(float))
     y = y if b is None else y + b
     y = reference.gelu(y) if gelu else y
@@ -126,7 +126,7 @@ def test_linear_epilogue(isa, out, bias, gelu, residual, rng):
 @pytest.mark.parametrize(("q", "zero_point"), [(-128, 127), (127, -128)])
 def test_linear_is_exact_up_to_the_largest_k(isa, low, q, zero_point):
     a = Tensor(np.full((2, sk.MAX_K), q, np.int8), Grid(1.0, zero_point))
-    w = kernels.pack_int8(np.full((1, sk.MAX_K), low, np.int8))
+    w = packing.pack_int8(np.full((1, sk.MAX_K), low, np.int8))
     y = sk.linear(a, w, np.ones(1, "f"), None)
     assert (y == np.float32((q - zero_point) * low * sk.MAX_K)).all()
 
@@ -270,7 +270,7 @@ def tensor(array, grid):
 def test_linear_keeps_to_its_arrays(compiled_isa, shape, rng):
     (m, n, k), lib, keep = shape, kernels.lib, []
     a, residual = (at_page_end(int8s(rng, "random", m, width), keep) for width in (k, n))
-    packed = at_page_end(np.asarray(kernels.pack_int8(weights(rng, "random", n, k))._packed), keep)
+    packed = at_page_end(np.asarray(packing.pack_int8(weights(rng, "random", n, k))._packed), keep)
     w_scale, bias = (at_page_end(floats(rng, n), keep) for _ in range(2))
     for dtype in (np.int8, np.float32):
         room, out = guarded((m, n), dtype)
@@ -316,7 +316,7 @@ def test_attention_keeps_to_its_arrays(compiled_isa, t_q, d, dtype, rng):
 def test_results_do_not_depend_on_the_number_of_threads(compiled_isa, rng):
     q, k, v = attention_case(rng, 2, 2, 130, 300, 128)
     a = Tensor(int8s(rng, "random", 200, 100), A_GRID)
-    w, w_scale = kernels.pack_int8(weights(rng, "random", 300, 100)), rng.uniform(1e-3, 2e-3, 300).astype("f")
+    w, w_scale = packing.pack_int8(weights(rng, "random", 300, 100)), rng.uniform(1e-3, 2e-3, 300).astype("f")
     x, parameters = Tensor(int8s(rng, "random", 200, 384), A_GRID), floats(rng, 2, 384)
 
     def results():
@@ -338,7 +338,7 @@ Q2 = Tensor(Q3.data[0], A_GRID)
 K2 = Tensor(Q3.data[:, :2], A_GRID)
 X2 = Tensor(np.ones((3, 8), np.float32), A_GRID)
 S = np.ones(4, np.float32)
-W = kernels.pack_int8(np.ones((4, 8), np.int8))
+W = packing.pack_int8(np.ones((4, 8), np.int8))
 WIDE = np.zeros((1, sk.MAX_K + 1), np.int8)
 BAD = [
     (lambda: sk.convert(Q2.data, None), TypeError, "x: expected a Tensor of int8 or float32, got ndarray"),
@@ -352,7 +352,7 @@ BAD = [
     (lambda: sk.linear(Q2, W, S[1:], None), ValueError, r"w_scale: expected shape \(4\), got \(3,\)"),
     (lambda: sk.linear(Q3, W, S, None), ValueError, r"a: expected shape \(any, 8\), got \(2, 3, 8\)"),
     (lambda: sk.linear(Q2, W, S, None, residual=Q2), ValueError, r"residual: expected shape \(3, 4\), got \(3, 8\)"),
-    (lambda: sk.linear(Tensor(WIDE, A_GRID), kernels.pack_int8(WIDE), S[:1], None), ValueError,
+    (lambda: sk.linear(Tensor(WIDE, A_GRID), packing.pack_int8(WIDE), S[:1], None), ValueError,
      "w: expected at most 65536 columns, got 65537"),
     (lambda: sk.layer_norm(Q2, S, S, None), ValueError, r"weight: expected shape \(8\), got \(4,\)"),
     (lambda: sk.expand(Q2.data, S), ValueError, r"scale: expected shape \(3\), got \(4,\)"),

@@ -294,12 +294,15 @@ def test_weights_only_is_the_dequantized_model():
 
 
 @pytest.mark.parametrize("keep_float", [
-    [], ["decoder.token_embedding", "encoder.blocks.0.attn.query"], ["decoder.blocks.1.cross_attn.key"]])  # fmt: skip
+    [], ["decoder.token_embedding", "encoder.blocks.0.attn.query"], ["decoder.blocks.1.cross_attn.key"],
+    ["encoder.blocks.1.attn"]])  # fmt: skip
 def test_dynamic_agrees_with_the_integer_kernels(keep_float):
     metadata, tensors = static("per_head", keep_float, "per-channel")
     metadata["quantization"]["scheme"] = "w8a8-dynamic"
     quantized = quantize_weights(metadata, tensors)
     integer = model.Model(metadata, quantized).ops
+    assert [integer.precision(f"encoder.blocks.{i}.attn") for i in (0, 1)] == [
+        "int8", "float32" if "encoder.blocks.1.attn" in keep_float else "int8"]  # fmt: skip
     (xa, logits), (real_xa, real_logits) = forward(quantsim.simulate(metadata, tensors)), forward(integer)
     assert (np.abs(xa - real_xa) > 1e-5).mean() < 0.01  # a number between two steps spreads
     assert (np.abs(logits - real_logits) > 1e-5).mean() < 0.2 and np.median(np.abs(logits - real_logits)) < 1e-6

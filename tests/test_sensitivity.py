@@ -99,11 +99,15 @@ def test_layers_that_are_kept_anyway_are_not_listed(tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w8"])
-def test_schemes_without_points_have_layers_with_weights(tmp_path, scheme):
+def test_schemes_without_points_have_layers_with_weights_and_attention_in_int8(tmp_path, scheme):
     judge = judged(tmp_path, scheme)
-    assert judge.layers and set(judge.layers) == set(checkpoint.quantizable(judge.model.metadata["dims"]))
-    whole, nothing = judge.costs([[], judge.layers])
-    assert nothing < 1e-5 < whole  # attention may be in bfloat16 even so
+    dims = judge.model.metadata["dims"]
+    blocks = range(dims["n_audio_layer"] if scheme == "w8a8-dynamic" else 0)
+    attention = {f"encoder.blocks.{i}.attn" for i in blocks}
+    assert judge.layers and set(judge.layers) == {*checkpoint.quantizable(dims), *attention}
+    whole, nothing, *alone = judge.costs([[], judge.layers, sorted(set(judge.layers) - attention)])
+    assert nothing < 1e-5 < whole
+    assert not attention or alone[0] > 1e-6  # what rounding in attention costs
 
 
 def test_few_layers_meet_the_budget(tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minigate import kernels, reference, static_reference
+from minigate import kernels, packing, reference, static_reference
 from minigate import static_kernels as static
 from minigate import training_kernels as training
 from minigate.mel import N_SAMPLES, log_mel
@@ -126,7 +126,7 @@ class Makers:
         """finished: linear_int8, which scales and adds a bias; else matmul_int8."""
         q, w = int8s(self.rng, m, k), int8s(self.rng, n, k)
         a_scale, w_scale, bias = abs(floats(self.rng, m)), abs(floats(self.rng, n)) / k, floats(self.rng, n)
-        packed, x, w_float = kernels.pack_int8(w), q.astype(np.float32), w.T.astype(np.float32, order="C")
+        packed, x, w_float = packing.pack_int8(w), q.astype(np.float32), w.T.astype(np.float32, order="C")
 
         def run():
             if finished:
@@ -146,7 +146,7 @@ class Makers:
         """linear_int8 of one row, with other weights in each call."""
         count = max(LEAST_ROTATED, ROTATED // (n * k))
         plain = [int8s(self.rng, n, k) for _ in range(LEAST_ROTATED)]
-        packed = rotation([kernels.pack_int8(plain[i % LEAST_ROTATED]) for i in range(count)])
+        packed = rotation([packing.pack_int8(plain[i % LEAST_ROTATED]) for i in range(count)])
         w_float = rotation([plain[i % LEAST_ROTATED].astype(np.float32).T for i in range(max(2, count // 4))])
         q, a_scale, w_scale = int8s(self.rng, 1, k), abs(floats(self.rng, 1)), abs(floats(self.rng, n)) / k
         x = q.astype(np.float32)

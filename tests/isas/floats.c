@@ -8,7 +8,7 @@ static const double GELU_ERROR = 1e-6;          /* absolute, of two results that
 static const double RELATIVE = 2e-6;            /* of a float32 result, relative to the largest magnitude */
 static const double LAYER_NORM_ERROR = 5e-6;    /* of numbers of order 1; 2e-4 for rows of a few elements */
 static const double ATTENTION_ERROR = 3e-6;     /* of averages of values of order 1, with scores of order 1 */
-static const double INT8_ERROR = 0.1;           /* of the same in int8 */
+static const double INT8_ERROR = 2e-2;          /* of the same in int8, a few steps at a tie */
 static const double LSE_ERROR = 5e-6;
 static const double BACKWARD_ERROR = 5e-6;
 
@@ -82,14 +82,14 @@ static int same(float x, float y) { return x == y || (isnan(x) && isnan(y)); }
 /* A tile is its rows, bit for bit; target 0 to 2: float32, int8, bfloat16. */
 static void check_finish_tile_once(struct mg_finish_tile t, int target)
 {
-    enum { WIDEST = 3 * MG_PANEL };
+    enum { WIDEST = 3 * (MG_PANEL + 5) };
     float *x = output(4, WIDEST * sizeof *x), wide[MG_PANEL];
     int8_t *q = output(5, WIDEST), wanted_q[MG_PANEL];
     uint16_t *half = output(7, WIDEST * sizeof *half);
     struct mg_target out = {.x = target == 0 ? x : NULL, .q = target == 1 ? q : NULL, .inverse = 20.0f, .zero = 13};
     memset(x, 1, WIDEST * sizeof *x);
     memset(q, 1, WIDEST);
-    memset(half, 1, WIDEST * sizeof *half);
+    memset(half, 1, WIDEST * sizeof *half);     /* what lies between rows stays so */
     t.row.out = target == 2 ? (struct mg_target){.x = NULL} : out;
     t.half = target == 2 ? half : NULL;
     isa->finish_tile(&t);
@@ -104,10 +104,15 @@ static void check_finish_tile_once(struct mg_finish_tile t, int target)
         isa->finish(&f, MG_PANEL);
         for (size_t j = 0; j < MG_PANEL; j++) {
             float half_wanted = mg_from_bf16(mg_to_bf16(wide[j])), got = mg_from_bf16(half[at + j]);
-            if (target == 0 ? !same(x[at + j], wide[j]) : target == 1 ? q[at + j] != wanted_q[j] : !same(got, half_wanted))
+            int equal = target == 0 ? same(x[at + j], wide[j]) : same(got, half_wanted);
+            if (target == 1 ? q[at + j] != wanted_q[j] : !equal)
                 fail("row %zu: element %zu differs from finish's, target %d", r, j, target);
         }
     }
+    const uint32_t untouched = 0x01010101;
+    for (size_t at = 0; at < (t.rows - 1) * t.stride; at++)
+        if (at % t.stride >= MG_PANEL && (q[at] != 1 || half[at] != 0x101 || memcmp(x + at, &untouched, sizeof untouched) != 0))
+            fail("element %zu between rows of %zu is written", at, t.stride);
     intact(x);
     intact(q);
     intact(half);
@@ -115,7 +120,7 @@ static void check_finish_tile_once(struct mg_finish_tile t, int target)
 
 static void check_finish_tile(void)
 {
-    enum { ROWS = 3, SIZE = ROWS * MG_PANEL };
+    enum { ROWS = 3, SIZE = ROWS * (MG_PANEL + 5) };
     for (unsigned i = 0; i < 3 * 3 * 8; i++) {
         int target = (int)(i % 3), residual = (int)(i / 3 % 3) - 1;
         unsigned options = i / 9;
@@ -126,8 +131,8 @@ static void check_finish_tile(void)
         bias[6] = options & 4 ? INFINITY : bias[6];
         struct mg_finish_tile t = {.row = {.x = source(2, 0, SIZE), .factor = floats(1, MG_PANEL),
                                            .bias = options & 1 ? bias : NULL, .gelu = options & 2},
-                                   .scale = scale, .scale_step = options & 1, .stride = MG_PANEL,
-                                   .rows = ROWS};
+                                   .scale = scale, .scale_step = i % 5 % 2,
+                                   .stride = MG_PANEL + i % 4 / 2 * 5, .rows = ROWS};
         t.row.x.zero = 0;
         if (residual >= 0)
             t.row.residual = source(residual, 6, SIZE);
@@ -288,7 +293,7 @@ static void check_attention(const struct attention *c, enum mg_precision precisi
     for (int of_isa = 0; of_isa < 2; of_isa++) {
         use(of_isa ? isa : portable);
         mg_attention(of_isa ? out : wanted, q, k, v, 0, gate, c->t_q * row, row, c->t_k * row, row, c->t_k * row, row,
-                     c->gate_width, c->causal, of_isa ? precision : MG_FLOAT32, c->n_batch, c->group, c->n_head,
+                     c->gate_width, c->causal, precision, c->n_batch, c->group, c->n_head,
                      c->t_q, c->t_k, c->d);
     }
     close_to(out, wanted, n_q * row, gate != NULL ? 3.5 * error : error, "queries, keys", n_q, n_k);
@@ -344,6 +349,7 @@ static const struct attention CASES[] = {
     {1, 1, 2, 16, 64, 64, 1, 0},  {1, 1, 2, 17, 66, 64, 0, 1},    {2, 2, 2, 70, 70, 24, 24, 1},
     {6, 2, 2, 1, 150, 24, 1, 0},  {6, 3, 2, 20, 33, 24, 24, 0},   {2, 1, 1, 49, 200, 33, 0, 0},
     {1, 1, 1, 2, 260, 129, 0, 1}, {1, 1, 1, 127, 128, 63, 0, 1},  {1, 1, 1, 18, 40, 16, 0, 1},
+    {1, 1, 2, 290, 600, 8, 1, 1}, {4, 2, 1, 3, 300, 20, 0, 0},
 };
 
 void check_interface(void)

@@ -60,24 +60,57 @@ def test_without_anything_allowed(isa):
     assert np.isneginf(got.values).all() and np.isnan(got.logprobs(got.values)).all()
 
 
-X = np.zeros((2, 9), np.float32)
-BAD = [
-    (lambda: choose(X, np.array([9]), ranges((0, 5, 5, 9)).repeat(2, 0), 5, True), "rejects a value"),
-    (lambda: choose(X, np.array([-1]), ranges((0, 5, 5, 9)).repeat(2, 0), 5, True), "rejects a value"),
-    (lambda: choose(X, np.array([1]), ranges((0, 6, 5, 9), (0, 5, 5, 9)), 5, True), "rejects a value"),
-    (lambda: choose(X, np.array([1]), ranges((0, 5, 5, 9), (0, 5, 4, 9)), 5, True), "rejects a value"),
-    (lambda: choose(X, np.array([1]), ranges((0, 5, 5, 9), (0, 5, 5, 10)), 5, True), "rejects a value"),
-    (lambda: choose(X, np.array([1]), ranges((3, 2, 5, 9), (0, 5, 5, 9)), 5, True), "rejects a value"),
-    (lambda: choose(X, np.array([1]), ranges((0, 5, 5, 9)), 5, True), r"ranges: expected shape \(2, 4\), got \(1, 4\)"),
-    (lambda: choose(X, np.array([1]), ranges((0, 5, 5, 9)).repeat(2, 0), 5, True, 10), "k: expected 1 to 9, got 10"),
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 33, 1024, 1025])
+def test_small_vocabularies_and_all_candidates(isa, n, rng):
+    for begin in (0, n // 2, n):
+        x, k = rng.standard_normal((2, n)).astype(np.float32), min(n, 20)
+        wanted, every = x.copy(), ranges((0, begin, begin, n)).repeat(2, 0)
+        never = np.arange(n // 3)
+        ids, values, totals = reference.choose(wanted, never, every, begin, False, k)
+        got = choose(x, never, every, begin, False, k)
+        assert np.array_equal(x, wanted) and np.array_equal(got.values, values)
+        assert np.array_equal(got.ids[np.isfinite(values)], ids[np.isfinite(values)])
+        np.testing.assert_allclose(got.totals, totals, rtol=1e-6)
+    assert choose(x[:0], never, every[:0], n, False).ids.shape == (0, 1)
+
+
+def test_what_is_no_number_makes_the_sum_none(isa):
+    for at in (0, 20):
+        x = np.zeros((2, 21), np.float32)
+        x[0, at] = np.nan
+        totals = choose(x, np.array([], np.int64), ranges((0, 21, 21, 21)).repeat(2, 0), 21, True).totals
+        assert np.isnan(totals[0]) and totals[1] == pytest.approx(21)
+
+
+BAD = [  # never, ranges of two rows, candidates
+    ([9], [(0, 5, 5, 9)] * 2, 1, "never: expected 0 to 8, got 9 to 9"),
+    ([-1, 3], [(0, 5, 5, 9)] * 2, 1, "never: expected 0 to 8, got -1 to 3"),
+    ([1], [(0, 6, 5, 9), (0, 5, 5, 9)], 1, "ranges: expected 0 <= first <= end <= 5 <= first <= end <= 9"),
+    ([1], [(0, 5, 5, 9), (0, 5, 4, 9)], 1, "ranges: expected"), ([1], [(0, 5, 5, 9), (0, 5, 5, 10)], 1, "ranges: exp"),
+    ([1], [(3, 2, 5, 9), (0, 5, 5, 9)], 1, "ranges: expected"), ([1], [(0, 5, 5, 9), (-1, 5, 5, 9)], 1, "ranges: exp"),
+    ([1], [(0, 5, 5, 9)], 1, r"ranges: expected shape \(2, 4\), got \(1, 4\)"),
+    ([1], [(0, 5, 5, 9)] * 2, 10, "k: expected 1 to 9, got 10"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", range(len(BAD)))
-def test_bad_values(compiled_isa, case):
-    call, message = BAD[case]
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values(isa, case):
+    never, rows, k, message = case
     with pytest.raises(ValueError, match=message):
-        call()
+        choose(np.zeros((2, 9), np.float32), np.array(never), ranges(*rows), 5, True, k)
+
+
+@pytest.mark.skipif(not kernels.compiled, reason="no C extension")
+def test_the_extension_rejects_them_too():
+    ffi, lib, x = kernels.ffi, kernels.lib, np.zeros((2, 9), np.float32)
+
+    def ints(values):
+        return ffi.from_buffer("int64_t[]", np.array(values, np.int64))
+
+    for never, rows, k, _ in BAD[:-2]:
+        out = ints([0] * 20), ffi.from_buffer("float[]", np.zeros(20, np.float32)), ffi.new("double[]", 2)
+        status = lib.mg_choose(*out, ffi.from_buffer("float[]", x), ints(never), ints(rows), len(never), 5, 1, k, 2, 9)
+        assert status == lib.MG_BAD_VALUE and not x.any()
 
 
 def test_result_does_not_depend_on_threads(compiled_isa, rng):
