@@ -100,6 +100,11 @@ def test_bad_values(isa, case):
         choose(np.zeros((2, 9), np.float32), np.array(never), ranges(*rows), 5, True, k)
 
 
+def test_a_view_that_could_not_be_changed_in_place(isa):
+    with pytest.raises(ValueError, match="logits: expected a C-ordered array"):
+        choose(np.zeros((9, 2), np.float32).T, np.array([1]), ranges((0, 5, 5, 9)).repeat(2, 0), 5, True)
+
+
 @pytest.mark.skipif(not kernels.compiled, reason="no C extension")
 def test_the_extension_rejects_them_too():
     ffi, lib, x = kernels.ffi, kernels.lib, np.zeros((2, 9), np.float32)
