@@ -81,17 +81,20 @@ enum mg_status mg_finish(float *out, const float *x, const float *bias, const fl
 /* out = softmax(q k^T / sqrt(d)) v * gate, head by head; key j is seen by query i if j <= i + t_k - t_q or not causal.
    out (n_batch, t_q, n_head*d); q (n_batch, t_q, n_head*d), k and v (n_batch/group, t_k, n_head*d) with strides in
    elements between batches and between rows; row b of the batch attends to k[b / group].
-   half: k and v are bfloat16 (uint16_t), else float.
+   held: k and v are float, bfloat16 (uint16_t) or int8_t; these stand for scale * number, k_scale and v_scale
+   (n_batch/group, t_k) dense, NULL otherwise.
    gate: NULL, or (n_batch, t_q, n_head*gate_width) dense, gate_width 1 or d.
    precision: MG_BF16: many queries, where the instruction set can, and keys, values and the softmax are rounded to
    bfloat16.  MG_INT8: to 8 bits with scales found on the way (dynamicattention.c); all numbers are finite.
    MG_BAD_VALUE: t_k is 0, group does not divide n_batch, gate_width is neither, or causal and t_q > t_k; for MG_INT8
-   d > 32768. */
+   d > 32768, or int8_t k and v. */
+enum mg_held { MG_HELD_FLOAT, MG_HELD_HALF, MG_HELD_INT8 };
 enum mg_precision { MG_FLOAT32, MG_BF16, MG_INT8 };
-enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, int half, const float *gate,
-                            size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch, size_t v_row,
-                            size_t gate_width, int causal, enum mg_precision precision,
-                            size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d);
+enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, const float *k_scale,
+                            const float *v_scale, enum mg_held held, const float *gate, size_t q_batch, size_t q_row,
+                            size_t k_batch, size_t k_row, size_t v_batch, size_t v_row, size_t gate_width, int causal,
+                            enum mg_precision precision, size_t n_batch, size_t group, size_t n_head, size_t t_q,
+                            size_t t_k, size_t d);
 
 /* What of the logits (m,n) may come next; the others become -infinity.  Not never (n_never); of the ids below begin
    those from ranges[i][0] to ranges[i][1]-1, of the others those from ranges[i][2] to ranges[i][3]-1.  prefer: and if

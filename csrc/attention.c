@@ -13,8 +13,9 @@ struct attention {
     const struct mg_bf16 *bf16; /* NULL: in float32 */
     float *out, *lse;
     const float *q, *gate;
-    const void *k, *v;          /* float, or if half bfloat16 */
-    int half;
+    const void *k, *v;          /* as held */
+    const float *k_scale, *v_scale;
+    enum mg_held held;
     size_t q_batch, q_row, k_batch, k_row, v_batch, v_row, gate_width;
     int causal;
     size_t group, n_head, t_q, t_k, d;
@@ -40,29 +41,38 @@ static size_t seen_by(const struct attention *job, size_t index)
 
 static const void *element(const struct attention *job, const void *x, size_t i)
 {
-    return (const char *)x + i * (job->half ? sizeof(uint16_t) : sizeof(float));
+    return (const char *)x + i * mg_held_bytes(job->held);
 }
 
-static void widen(float *out, const uint16_t *x, size_t x_row, size_t rows, size_t n)
+/* scale: of each row, if MG_HELD_INT8 */
+static void widen(float *out, const void *x, enum mg_held held, size_t x_row, const float *scale, size_t rows, size_t n)
 {
-    for (size_t r = 0; r < rows; r++, out += n, x += x_row)
+    const uint16_t *half = x;
+    const int8_t *q = x;
+    for (size_t r = 0; r < rows; r++, out += n)
         for (size_t i = 0; i < n; i++)
-            out[i] = mg_from_bf16(x[i]);
+            out[i] = held == MG_HELD_HALF ? mg_from_bf16(half[r * x_row + i]) : scale[r] * (float)q[r * x_row + i];
 }
 
 static size_t widened_floats(const struct attention *job)
 {
-    return job->half ? mg_round_up(2 * job->t_k * job->d, 16) : 0;
+    return job->held != MG_HELD_FLOAT ? mg_round_up(2 * job->t_k * job->d, 16) : 0;
+}
+
+static const float *scale_of(const struct attention *job, const float *scale, size_t batch)
+{
+    return scale != NULL ? scale + batch * job->t_k : NULL;
 }
 
 /* The keys and values of a block as floats, in room for those of a head. */
 static void widen_block(const struct attention *job, struct mg_attention_block *block, size_t batch, size_t head,
                         float *room)
 {
-    const uint16_t *k = job->k, *v = job->v;
+    const void *k = element(job, job->k, batch * job->k_batch + head * job->d);
+    const void *v = element(job, job->v, batch * job->v_batch + head * job->d);
     float *values = room + job->t_k * job->d;
-    widen(room, k + batch * job->k_batch + head * job->d, job->k_row, job->t_k, job->d);
-    widen(values, v + batch * job->v_batch + head * job->d, job->v_row, job->t_k, job->d);
+    widen(room, k, job->held, job->k_row, scale_of(job, job->k_scale, batch), job->t_k, job->d);
+    widen(values, v, job->held, job->v_row, scale_of(job, job->v_scale, batch), job->t_k, job->d);
     block->k = room;
     block->v = values;
     block->k_row = block->v_row = job->d;
@@ -79,8 +89,8 @@ static void attend_block(void *context, size_t task, size_t worker)
     struct mg_attention_block block = {
         .out = out, .q = q, .gate = job->gate != NULL ? gate : NULL, .seen = seen,
         .lse = job->lse != NULL ? job->lse + (batch * job->n_head + head) * job->t_q + first : NULL,
-        .k = (const float *)job->k + batch * job->k_batch + head * job->d,
-        .v = (const float *)job->v + batch * job->v_batch + head * job->d,
+        .k = element(job, job->k, batch * job->k_batch + head * job->d),
+        .v = element(job, job->v, batch * job->v_batch + head * job->d),
         .k_row = job->k_row, .v_row = job->v_row, .gate_width = job->gate_width,
         .n_query = mg_min(job->block, job->n_query - first), .d = job->d};
     for (size_t i = 0; i < block.n_query; i++) {
@@ -92,7 +102,7 @@ static void attend_block(void *context, size_t task, size_t worker)
             gate[i] = job->gate + at * job->gate_width;
     }
     float *scratch = mg_scratch_of(&job->scratch, worker);
-    if (job->half) {
+    if (job->held != MG_HELD_FLOAT) {
         widen_block(job, &block, batch, head, scratch);
         scratch += widened_floats(job);
     }
@@ -120,12 +130,14 @@ static void widen_range(const struct attention *job, struct mg_attention_range *
 {
     size_t n = job->n_head * job->d, keys = range->end_key - range->first_key;
     float *values = room + RANGE_KEYS * n;
-    widen(room, (const uint16_t *)range->k + range->first_key * range->k_row, range->k_row, keys, n);
-    widen(values, (const uint16_t *)range->v + range->first_key * range->v_row, range->v_row, keys, n);
+    widen(room, element(job, range->k, range->first_key * range->k_row), job->held, range->k_row,
+          range->k_scale != NULL ? range->k_scale + range->first_key : NULL, keys, n);
+    widen(values, element(job, range->v, range->first_key * range->v_row), job->held, range->v_row,
+          range->v_scale != NULL ? range->v_scale + range->first_key : NULL, keys, n);
     range->k = room - range->first_key * n;
     range->v = values - range->first_key * n;
     range->k_row = range->v_row = n;
-    range->half = 0;
+    range->held = MG_HELD_FLOAT;
 }
 
 static void attend_range(void *context, size_t task, size_t worker)
@@ -138,10 +150,11 @@ static void attend_range(void *context, size_t task, size_t worker)
     struct mg_attention_range range = {
         .top = job->top + at, .sum = job->sum + at, .o = job->o + at * job->d, .q = q, .seen = seen,
         .k = element(job, job->k, batch * job->k_batch), .v = element(job, job->v, batch * job->v_batch),
-        .half = job->half, .k_row = job->k_row, .v_row = job->v_row, .first_key = first,
+        .k_scale = scale_of(job, job->k_scale, batch), .v_scale = scale_of(job, job->v_scale, batch),
+        .held = job->held, .k_row = job->k_row, .v_row = job->v_row, .first_key = first,
         .end_key = mg_min(first + RANGE_KEYS, job->t_k),
         .n_query = job->n_query, .n_head = job->n_head, .d = job->d};
-    if (job->half && !job->kernels->reads_half)
+    if (job->held != MG_HELD_FLOAT && !job->kernels->reads_narrow)
         widen_range(job, &range, mg_scratch_of(&job->scratch, worker));
     for (size_t i = 0; i < job->n_query; i++) {
         q[i] = query_of(job, index_of(job, batch, i));
@@ -187,7 +200,9 @@ static enum mg_status attend_few(struct attention *job, size_t n_shared)
         return MG_NO_MEMORY;
     job->sum = job->top + n_results;
     job->o = job->sum + n_results;
-    size_t room = job->half && !job->kernels->reads_half ? 2 * RANGE_KEYS * job->n_head * job->d * sizeof(float) : 0;
+    size_t room = 0;
+    if (job->held != MG_HELD_FLOAT && !job->kernels->reads_narrow)
+        room = 2 * RANGE_KEYS * job->n_head * job->d * sizeof(float);
     if (!mg_get_scratch(&job->scratch, room, n_shared * job->parts)) {
         free(job->top);
         return MG_NO_MEMORY;
@@ -199,27 +214,31 @@ static enum mg_status attend_few(struct attention *job, size_t n_shared)
     return MG_OK;
 }
 
-enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, int half, const float *gate,
-                            size_t q_batch, size_t q_row, size_t k_batch, size_t k_row, size_t v_batch, size_t v_row,
-                            size_t gate_width, int causal, enum mg_precision precision,
-                            size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d)
+enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, const float *k_scale,
+                            const float *v_scale, enum mg_held held, const float *gate, size_t q_batch, size_t q_row,
+                            size_t k_batch, size_t k_row, size_t v_batch, size_t v_row, size_t gate_width, int causal,
+                            enum mg_precision precision, size_t n_batch, size_t group, size_t n_head, size_t t_q,
+                            size_t t_k, size_t d)
 {
     struct attention job = {
         .kernels = mg_kernels(), .bf16 = precision == MG_BF16 ? mg_bf16() : NULL, .out = out, .q = q, .k = k, .v = v,
-        .half = half, .gate = gate, .q_batch = q_batch, .q_row = q_row, .k_batch = k_batch, .k_row = k_row,
-        .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width, .causal = causal,
+        .k_scale = k_scale, .v_scale = v_scale, .held = held, .gate = gate, .q_batch = q_batch, .q_row = q_row,
+        .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width, .causal = causal,
         .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d, .n_query = group * t_q};
     if (t_k == 0 || group == 0 || n_batch % group != 0 || (causal && t_q > t_k))
         return MG_BAD_VALUE;
-    if ((gate != NULL && gate_width != 1 && gate_width != d) || (precision == MG_INT8 && d > MG_MAX_ATTENTION) ||
-        precision > MG_INT8)
+    if ((gate != NULL && gate_width != 1 && gate_width != d) || precision > MG_INT8 || held > MG_HELD_INT8)
+        return MG_BAD_VALUE;
+    if ((held == MG_HELD_INT8) != (k_scale != NULL && v_scale != NULL))
+        return MG_BAD_VALUE;
+    if (precision == MG_INT8 && (d > MG_MAX_ATTENTION || held == MG_HELD_INT8))
         return MG_BAD_VALUE;
     if (n_batch == 0 || n_head == 0 || d == 0 || t_q == 0)
         return MG_OK;
     if (precision == MG_INT8) {
         struct mg_attention_call call = {
-            .out = out, .q = q, .k = k, .v = v, .half = half, .gate = gate, .q_batch = q_batch, .q_row = q_row,
-            .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width,
+            .out = out, .q = q, .k = k, .v = v, .half = held == MG_HELD_HALF, .gate = gate, .q_batch = q_batch,
+            .q_row = q_row, .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width,
             .causal = causal, .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d};
         return mg_attend_int8(&call, n_batch / group);
     }

@@ -229,31 +229,39 @@ MG_INLINE TARGET __m512 sums_of(const __m512 *c)
     return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
 }
 
-/* Keys and values are floats, or if half bfloat16. */
-MG_INLINE const void *element(const void *x, size_t i, const int half)
+MG_INLINE const void *element(const void *x, size_t i, const enum mg_held held)
 {
-    return (const char *)x + i * (half ? sizeof(uint16_t) : sizeof(float));
+    return (const char *)x + i * mg_held_bytes(held);
 }
 
-MG_INLINE TARGET __m512 load(const void *x, size_t i, __mmask16 mask, const int half)
+/* As floats, without their scale. */
+MG_INLINE TARGET __m512 load(const void *x, size_t i, __mmask16 mask, const enum mg_held held)
 {
-    if (!half)
+    if (held == MG_HELD_FLOAT)
         return _mm512_maskz_loadu_ps(mask, (const float *)x + i);
+    if (held == MG_HELD_INT8)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, (const int8_t *)x + i)));
     __m256i bits = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + i);
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
 
 /* Fetches 64 elements that are read AHEAD keys later, or lie behind the last key, which does no harm: each head's part
    is too short for a processor to see it coming.  One row at a time, since many at once stall. */
-MG_INLINE TARGET void fetch(const void *x, const int half)
+MG_INLINE TARGET void fetch(const void *x, const enum mg_held held)
 {
-    for (size_t line = 0; line < (half ? 2 : 4); line++)
+    for (size_t line = 0; line < mg_held_bytes(held); line++)      /* 64 elements are as many lines as one is bytes */
         _mm_prefetch((const char *)x + 64 * line, _MM_HINT_T1);
 }
 
-/* p[j] = q . key[j], times unit, for n <= SOME_KEYS keys; -> their maximum */
-MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, size_t k_row, size_t n, size_t d,
-                                  float unit, const int half)
+/* n scales, and the last once more for the other lanes */
+MG_INLINE TARGET __m512 scales_of(const float *scale, size_t n)
+{
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(scale[mg_min(n, LANES) - 1]), mask_of(n), scale);
+}
+
+/* p[j] = q . key[j], times unit and the key's scale, for n <= SOME_KEYS keys; -> their maximum */
+MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, size_t k_row, const float *scale, size_t n,
+                                  size_t d, float unit, const enum mg_held held)
 {
     __m512 top = _mm512_set1_ps(MG_LOWEST);
     for (size_t j = 0; j < n; j += LANES) {
@@ -262,7 +270,7 @@ MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, siz
         for (size_t r = 0; r < LANES; r++)
             c[r] = _mm512_setzero_ps();
         for (size_t i = 0; i < d; i += 4 * LANES) {
-            const void *at = element(key, j * k_row + i, half);
+            const void *at = element(key, j * k_row + i, held);
             __m512 x[4];
             __mmask16 mask[4];
             MG_UNROLL
@@ -274,36 +282,40 @@ MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, siz
             for (size_t r = 0; r < LANES; r++) {
                 MG_UNROLL
                 for (size_t v = 0; v < 4; v++)
-                    c[r] = _mm512_fmadd_ps(x[v], load(at, v * LANES, mask[v], half), c[r]);
-                fetch(element(at, AHEAD * k_row, half), half);
-                at = element(at, j + r + 1 < n ? k_row : 0, half);      /* beyond the last key stand copies of it */
+                    c[r] = _mm512_fmadd_ps(x[v], load(at, v * LANES, mask[v], held), c[r]);
+                fetch(element(at, AHEAD * k_row, held), held);
+                at = element(at, j + r + 1 < n ? k_row : 0, held);      /* beyond the last key stand copies of it */
             }
         }
         __m512 score = _mm512_mul_ps(sums_of(c), _mm512_set1_ps(unit));
+        if (held == MG_HELD_INT8)       /* copies of the last key take its scale */
+            score = _mm512_mul_ps(score, scales_of(scale + j, n - j));
         top = _mm512_max_ps(top, score);
         _mm512_storeu_ps(p + j, score);
     }
     return _mm512_reduce_max_ps(top);
 }
 
-/* p[j] = 2^(p[j] - top) -> their sum */
-TARGET static float weigh_some(float *p, float top, size_t n)
+/* p[j] = 2^(p[j] - top) -> their sum; then each is multiplied by its value's scale. */
+MG_INLINE TARGET float weigh_some(float *p, float top, const float *scale, size_t n, const enum mg_held held)
 {
     __m512 sum = _mm512_setzero_ps();
     for (size_t j = 0; j < n; j += LANES) {
         __m512 x = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(p + j), _mm512_set1_ps(top)));
-        _mm512_storeu_ps(p + j, x);
         sum = _mm512_mask_add_ps(sum, mask_of(n - j), sum, x);
+        if (held == MG_HELD_INT8)
+            x = _mm512_mul_ps(x, scales_of(scale + j, n - j));
+        _mm512_storeu_ps(p + j, x);
     }
     return _mm512_reduce_add_ps(sum);
 }
 
 /* o = o * scale + sum_j p[j] * value[j] */
 MG_INLINE TARGET void add_some(float *o, float scale, const float *p, const void *value, size_t v_row, size_t n,
-                               size_t d, const int half)
+                               size_t d, const enum mg_held held)
 {
     for (size_t i = 0; i < d; i += 4 * LANES) {
-        const void *at = element(value, i, half);
+        const void *at = element(value, i, held);
         __m512 c[4];
         __mmask16 mask[4];
         MG_UNROLL
@@ -311,11 +323,11 @@ MG_INLINE TARGET void add_some(float *o, float scale, const float *p, const void
             mask[v] = mask_of(i + v * LANES < d ? d - i - v * LANES : 0);
             c[v] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask[v], o + i + v * LANES), _mm512_set1_ps(scale));
         }
-        for (size_t j = 0; j < n; j++, at = element(at, v_row, half)) {
-            fetch(element(at, AHEAD * v_row, half), half);
+        for (size_t j = 0; j < n; j++, at = element(at, v_row, held)) {
+            fetch(element(at, AHEAD * v_row, held), held);
             MG_UNROLL
             for (size_t v = 0; v < 4; v++)
-                c[v] = _mm512_fmadd_ps(_mm512_set1_ps(p[j]), load(at, v * LANES, mask[v], half), c[v]);
+                c[v] = _mm512_fmadd_ps(_mm512_set1_ps(p[j]), load(at, v * LANES, mask[v], held), c[v]);
         }
         MG_UNROLL
         for (size_t v = 0; v < 4; v++)
@@ -323,7 +335,7 @@ MG_INLINE TARGET void add_some(float *o, float scale, const float *p, const void
     }
 }
 
-MG_INLINE TARGET void attend_range(const struct mg_attention_range *r, const int half)
+MG_INLINE TARGET void attend_range(const struct mg_attention_range *r, const enum mg_held held)
 {
     float unit = (float)(MG_LOG2_E / sqrt((double)r->d)), p[SOME_KEYS];
     for (size_t i = 0; i < r->n_query * r->n_head; i++) {
@@ -333,27 +345,31 @@ MG_INLINE TARGET void attend_range(const struct mg_attention_range *r, const int
     memset(r->o, 0, r->n_query * r->n_head * r->d * sizeof *r->o);
     for (size_t key = r->first_key; key < r->end_key; key += SOME_KEYS)
         for (size_t head = 0; head < r->n_head; head++) {
-            const void *k = element(r->k, key * r->k_row + head * r->d, half);
-            const void *v = element(r->v, key * r->v_row + head * r->d, half);
+            const float *k_scale = held == MG_HELD_INT8 ? r->k_scale + key : NULL;
+            const float *v_scale = held == MG_HELD_INT8 ? r->v_scale + key : NULL;
+            const void *k = element(r->k, key * r->k_row + head * r->d, held);
+            const void *v = element(r->v, key * r->v_row + head * r->d, held);
             for (size_t l = 0; l < r->n_query; l++) {
                 size_t end = mg_min(r->end_key, r->seen[l]), at = l * r->n_head + head;
                 if (end <= key)
                     continue;
                 size_t n = mg_min(SOME_KEYS, end - key);
                 float before = r->top[at], scale;
-                r->top[at] = fmaxf(before, score_some(p, r->q[l] + head * r->d, k, r->k_row, n, r->d, unit, half));
+                r->top[at] = fmaxf(before, score_some(p, r->q[l] + head * r->d, k, r->k_row, k_scale, n, r->d, unit, held));
                 scale = exp2f(before - r->top[at]);
-                r->sum[at] = r->sum[at] * scale + weigh_some(p, r->top[at], n);
-                add_some(r->o + at * r->d, scale, p, v, r->v_row, n, r->d, half);
+                r->sum[at] = r->sum[at] * scale + weigh_some(p, r->top[at], v_scale, n, held);
+                add_some(r->o + at * r->d, scale, p, v, r->v_row, n, r->d, held);
             }
         }
 }
 
 TARGET void mg_avx512_attend_range(const struct mg_attention_range *r)
 {
-    if (r->half)
-        attend_range(r, 1);
+    if (r->held == MG_HELD_FLOAT)
+        attend_range(r, MG_HELD_FLOAT);
+    else if (r->held == MG_HELD_HALF)
+        attend_range(r, MG_HELD_HALF);
     else
-        attend_range(r, 0);
+        attend_range(r, MG_HELD_INT8);
 }
 #endif

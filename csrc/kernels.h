@@ -68,8 +68,9 @@ struct mg_attention_range {
     float *top, *sum, *o;
     const float *const *q;
     const size_t *seen;
-    const void *k, *v;          /* float, or if half bfloat16 */
-    int half;
+    const void *k, *v;          /* as held */
+    const float *k_scale, *v_scale;     /* of each key and value, if MG_HELD_INT8 */
+    enum mg_held held;
     size_t k_row, v_row, first_key, end_key, n_query, n_head, d;
 };
 
@@ -173,7 +174,7 @@ struct mg_kernels {
     size_t (*attend_floats)(size_t d);      /* size of scratch */
     void (*attend)(const struct mg_attention_block *block, float *scratch);
     void (*attend_range)(const struct mg_attention_range *range);
-    int reads_half;             /* whether attend_range takes keys and values in bfloat16 */
+    int reads_narrow;           /* whether attend_range takes keys and values that are not held as floats */
 
     /* The backward of a head, with scratch memory. */
     size_t (*attend_backward_floats)(size_t d);
@@ -312,6 +313,11 @@ void mg_free_scratch(struct mg_scratch *scratch);
 MG_INLINE void *mg_scratch_of(const struct mg_scratch *scratch, size_t worker)
 {
     return scratch->data + scratch->bytes * worker;
+}
+
+MG_INLINE size_t mg_held_bytes(enum mg_held held)
+{
+    return held == MG_HELD_FLOAT ? sizeof(float) : held == MG_HELD_HALF ? sizeof(uint16_t) : sizeof(int8_t);
 }
 
 /* bfloat16, ties to even; NaN stays NaN */

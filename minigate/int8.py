@@ -2,9 +2,10 @@
 
 `Dynamic` is the scheme `w8a8-dynamic`: activations symmetric int8 with a scale per row, found at run time; products
 exact in int32. The encoder's attention is int8 too, with scales for each query and key and for some values and
-probabilities (csrc/dynamicattention.c). The decoder's is float32, but that its keys and values are stored in bfloat16,
-and many queries multiplied in it where the instruction set can. Layer norm and GELU are float32. `WeightOnly` is the
-scheme `w8`: activations float32, weights expanded to float32 tile by tile. `w8a8-static` is in static.py.
+probabilities (csrc/dynamicattention.c). The decoder's is float32, but that the keys and values of the encoder's output
+are stored in int8, those of tokens in bfloat16, and many queries multiplied in bfloat16 where the instruction set can.
+Layer norm and GELU are float32. `WeightOnly` is the scheme `w8`: activations float32, weights expanded to float32 tile
+by tile. `w8a8-static` is in static.py.
 
 B batch, T time, K inputs, N outputs, M = B T rows.
 """
@@ -20,9 +21,14 @@ TILE = 128 * 1024  # weights that are in memory as float32 at a time, 512 kB
 
 
 def is_cached(name: str) -> bool:
-    """Whether a linear makes keys or values that the decoder keeps and reads anew for each token: bfloat16 halves what
-    they take of memory and of its bandwidth."""
-    return name.startswith("decoder.") and name.endswith((".key", ".value"))
+    """Whether a linear makes keys or values that the decoder keeps and reads anew for each token: the fewer bytes, the
+    less of memory and of its bandwidth. Of tokens, in bfloat16."""
+    return name.startswith("decoder.") and name.endswith((".attn.key", ".attn.value"))
+
+
+def is_cross(name: str) -> bool:
+    """Whether a linear makes the keys or values of the encoder's output, which are far more: in int8, by rows."""
+    return name.endswith((".cross_attn.key", ".cross_attn.value"))
 
 
 class Rows(NamedTuple):
@@ -86,25 +92,36 @@ class Dynamic(Int8Weights):
         q, scale = kernels.quantize_rows(x.reshape(-1, x.shape[-1]))
         return Rows(x, q.reshape(x.shape), scale)
 
-    def values(self, x: Rows | np.ndarray) -> np.ndarray:
+    def values(self, x: Rows | kernels.Int8Rows | np.ndarray) -> np.ndarray:
         if isinstance(x, np.ndarray):  # keys and values
             return reference.from_bf16(x) if x.dtype == np.uint16 else x
-        return x.x
+        return x.floats() if isinstance(x, kernels.Int8Rows) else x.x
 
-    def linear(self, name: str, x, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray | Rows:
-        """As `ops.Float.linear`; Rows from an MLP's first linear and GELU, whose result only the second reads."""
+    def linear(self, name: str, x, gelu: bool = False, residual: np.ndarray | None = None
+               ) -> np.ndarray | Rows | kernels.Int8Rows:  # fmt: skip
+        """As `ops.Float.linear`; Rows from an MLP's first linear and GELU, whose result only the second reads; keys and
+        values of the decoder as they are stored."""
         w, bias = self.p[f"{name}.weight"], self.p.get(f"{name}.bias")
         if not isinstance(w, Weight):
-            y = super().linear(name, x.x if isinstance(x, Rows) else x, gelu, residual)
-            return reference.to_bf16(y) if is_cached(name) else y
+            return self._stored(name, super().linear(name, x.x if isinstance(x, Rows) else x, gelu, residual))
         rows = x if isinstance(x, Rows) else self.rows(x)
         (*shape, k), product = rows.q.shape, (rows.scale, w.q, w.scale, bias, gelu)
         if gelu and residual is None and name.endswith(".mlp.0") and isinstance(self.p[f"{name[:-1]}2.weight"], Weight):
             q, scale = kernels.linear_int8_rows(rows.q.reshape(-1, k), *product)
             return Rows(None, q.reshape(*shape, -1), scale)
+        if is_cross(name):
+            q, scale = kernels.linear_int8_rows(rows.q.reshape(-1, k), *product)
+            return kernels.Int8Rows(q.reshape(*shape, -1), scale.reshape(shape))
         flat = None if residual is None else residual.reshape(-1, residual.shape[-1])
         y = kernels.linear_int8(rows.q.reshape(-1, k), *product, flat, bf16=is_cached(name))
         return y.reshape(*shape, -1)
+
+    def _stored(self, name: str, y: np.ndarray) -> np.ndarray | kernels.Int8Rows:
+        """The result of a linear in float as the decoder keeps it."""
+        if is_cross(name):
+            rows = self.rows(y)
+            return kernels.Int8Rows(rows.q, rows.scale.reshape(y.shape[:2]))
+        return reference.to_bf16(y) if is_cached(name) else y
 
     def attention(self, name: str, q, k, v, h: Rows, n_head: int, causal: bool) -> np.ndarray:
         return super().attention(name, q, k, v, h.x, n_head, causal)

@@ -186,8 +186,8 @@ class Cache:
     """
 
     def __init__(self, cross: list[tuple], n_ctx: int):
-        self.cross = cross  # per layer: k, v (B, T_audio, D)
-        self.rows = len(cross[0][0])  # one for each window at first
+        self.cross = cross  # per layer: k, v (B, T_audio, D), arrays or kernels.Int8Rows
+        self.rows = cross[0][0].shape[0]  # one for each window at first
         self.length = 0  # positions so far
         self._n_ctx = n_ctx
         self._own: list[list[np.ndarray] | None] = [None] * len(cross)  # per layer: k, v (rows, n_ctx, D)
@@ -217,11 +217,11 @@ class Cache:
                 kept[moved, : self.length] = kept[rows[moved], : self.length]
 
     def keep(self, windows: np.ndarray) -> None:
-        """Keep these windows only (indices into B) with all rows of their groups."""
+        """Keep these windows only (indices into B, ascending) with all rows of their groups."""
         windows = np.asarray(windows)
         group = self.rows // self.cross[0][0].shape[0]
         rows = (windows[:, None] * group + np.arange(group)).ravel()
-        self.cross = [(k[windows], v[windows]) for k, v in self.cross]
+        self.cross = [tuple(_kept(x, windows) for x in pair) for pair in self.cross]
         self._take(rows)
 
     def _take(self, rows: np.ndarray) -> None:
@@ -231,6 +231,16 @@ class Cache:
                 pair[i] = np.empty((len(rows), *old.shape[1:]), old.dtype)
                 pair[i][:, : self.length] = old[rows, : self.length]
         self.rows = len(rows)
+
+
+def _kept(x: np.ndarray | kernels.Int8Rows, windows: np.ndarray) -> np.ndarray | kernels.Int8Rows:
+    """x (B, …)[windows], ascending, moved to the front of x: nothing is allocated."""
+    if isinstance(x, kernels.Int8Rows):
+        return kernels.Int8Rows(_kept(x.q, windows), _kept(x.scale, windows))
+    for to, window in enumerate(windows):
+        if to != window:
+            x[to] = x[window]
+    return x[: len(windows)]
 
 
 class Model:

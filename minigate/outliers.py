@@ -80,7 +80,7 @@ class Observer:
         self._see(name, y)
         if self._see_attention:
             g = gate(self._ops.gate_kind, self._values(h), self._ops.gates.get(name), n_head, self._ops.gate_scale)
-            k, v = (self._ops.values(x) if x.dtype == np.uint16 else x for x in (k, v))
+            k, v = (self._ops.values(x) for x in (k, v))
             self._see_attention(name, q, k, v, g, n_head, causal)
         return y
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from minigate import checkpoint, graph, kernels, ops, reference
 from minigate.attention import gate, times_gate
-from minigate.int8 import is_cached
+from minigate.int8 import is_cached, is_cross
 from minigate.int8weights import dequantize, quantize_weights
 from minigate.ranges import Record
 
@@ -182,10 +182,14 @@ class SimulatedSteps(SimulatedWeights):
 
 class SimulatedDynamic(SimulatedSteps):
     """Scheme `w8a8-dynamic`: the rows that a linear multiplies with int8 weights are int8 too, and so is the encoder's
-    attention; the decoder's keys and values are bfloat16. Attention to them is float32 here."""
+    attention; the decoder's keys and values are int8 rows, those of tokens bfloat16. Attention to them is float32
+    here."""
 
     def linear(self, name: str, x: np.ndarray, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
         y = self.products(name, x, gelu, residual)
+        if is_cross(name):
+            q, scale = kernels.quantize_rows(y.reshape(-1, y.shape[-1]))
+            return (q * scale[:, None]).reshape(y.shape)
         return reference.from_bf16(reference.to_bf16(y)) if is_cached(name) else y
 
     def attention(self, name: str, q, k, v, h, n_head: int, causal: bool) -> np.ndarray:

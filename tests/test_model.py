@@ -75,8 +75,9 @@ def test_groups_share_a_window_and_rows_can_move():
         close(got[i], model.decode(own, model.start(xa[i // 3 : i // 3 + 1]))[0])
 
 
-def test_windows_can_be_dropped():
-    model = Model(*toy_model())
+@pytest.mark.parametrize("make", [lambda *model: model, quantize_dynamic])
+def test_windows_can_be_dropped(make):
+    model = Model(*make(*toy_model()))
     mel, tokens = inputs(windows=3)
     cache = model.start(model.encode(mel))
     model.decode(tokens[:, :4], cache)

@@ -292,8 +292,8 @@ static void check_attention(const struct attention *c, enum mg_precision precisi
         q[i] *= size;
     for (int of_isa = 0; of_isa < 2; of_isa++) {
         use(of_isa ? isa : portable);
-        mg_attention(of_isa ? out : wanted, q, k, v, 0, gate, c->t_q * row, row, c->t_k * row, row, c->t_k * row, row,
-                     c->gate_width, c->causal, precision, c->n_batch, c->group, c->n_head,
+        mg_attention(of_isa ? out : wanted, q, k, v, NULL, NULL, MG_HELD_FLOAT, gate, c->t_q * row, row, c->t_k * row,
+                     row, c->t_k * row, row, c->gate_width, c->causal, precision, c->n_batch, c->group, c->n_head,
                      c->t_q, c->t_k, c->d);
     }
     close_to(out, wanted, n_q * row, gate != NULL ? 3.5 * error : error, "queries, keys", n_q, n_k);
