@@ -79,18 +79,15 @@ TARGET uint32_t mg_avx512_weigh(uint8_t *p, int32_t *scores, size_t stride, size
     return (uint32_t)_mm512_reduce_add_epi32(total);
 }
 
-/* 255 * 2^x for x <= 0; below -100 as at it, where the result is rounded to zero.  Adding 1.5 * 2^23 leaves the nearest
-   integer in the low bits. */
+/* 255 * 2^x for x <= 0, however small */
 MG_INLINE TARGET __m512 weight_of(__m512 x)
 {
     static const float c[] = {MG_EXP2_COEFFICIENTS};
-    const __m512 magic = _mm512_set1_ps(12582912.0f);
-    x = _mm512_max_ps(_mm512_set1_ps(-100.0f), x);
-    __m512 n = _mm512_add_ps(x, magic), f = _mm512_sub_ps(x, _mm512_sub_ps(n, magic)), p = _mm512_set1_ps(255.0f * c[5]);
+    __m512 f = _mm512_reduce_ps(x, 0), p = _mm512_set1_ps(255.0f * c[5]);       /* x less the nearest integer */
     MG_UNROLL
     for (int i = 4; i >= 0; i--)
         p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(255.0f * c[i]));
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+    return _mm512_scalef_ps(p, _mm512_sub_ps(x, f));
 }
 
 /* All scores of MG_WEIGHED keys stay in registers; those from n on do not count. */
@@ -98,6 +95,7 @@ MG_INLINE TARGET float weigh_vectors(uint8_t *p, const int32_t *scores, size_t s
                                      float scale, float *top)
 {
     enum { VECTORS = MG_WEIGHED / LANES };
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  /* of packed bytes */
     __m512 x[VECTORS], tops = _mm512_set1_ps(MG_LOWEST), sum = _mm512_setzero_ps();
     MG_UNROLL
     for (size_t v = 0; v < VECTORS; v++) {
@@ -107,14 +105,21 @@ MG_INLINE TARGET float weigh_vectors(uint8_t *p, const int32_t *scores, size_t s
         x[v] = _mm512_mul_ps(_mm512_cvtepi32_ps(number), _mm512_maskz_loadu_ps(mask, key_scale + j));
         tops = _mm512_mask_max_ps(tops, mask, tops, x[v]);
     }
-    __m512 unit = _mm512_set1_ps(scale), largest = _mm512_set1_ps(_mm512_reduce_max_ps(tops));
-    *top = scale * _mm512_cvtss_f32(largest);
+    __m512 unit = _mm512_set1_ps(scale), largest = _mm512_mul_ps(unit, _mm512_set1_ps(_mm512_reduce_max_ps(tops)));
+    *top = _mm512_cvtss_f32(largest);
     MG_UNROLL
-    for (size_t v = 0; v < VECTORS; v++) {
-        __mmask16 mask = mask_of(n > v * LANES ? n - v * LANES : 0);
-        __m512 e = weight_of(_mm512_mul_ps(_mm512_sub_ps(x[v], largest), unit));
-        sum = _mm512_mask_add_ps(sum, mask, sum, e);
-        _mm_mask_storeu_epi8(p + v * LANES, mask, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(e)));
+    for (size_t v = 0; v < VECTORS; v += 4) {
+        __m512i steps[4];
+        MG_UNROLL
+        for (size_t i = 0; i < 4; i++) {
+            __mmask16 mask = mask_of(n > (v + i) * LANES ? n - (v + i) * LANES : 0);
+            __m512 e = weight_of(_mm512_fmsub_ps(x[v + i], unit, largest));
+            sum = _mm512_mask_add_ps(sum, mask, sum, e);
+            steps[i] = _mm512_cvtps_epi32(e);
+        }
+        __m512i low = _mm512_packs_epi32(steps[0], steps[1]), high = _mm512_packs_epi32(steps[2], steps[3]);
+        __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
+        _mm512_mask_storeu_epi8(p + v * LANES, byte_mask(n > v * LANES ? n - v * LANES : 0), bytes);
     }
     return _mm512_reduce_add_ps(sum);
 }
