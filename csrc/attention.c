@@ -223,8 +223,8 @@ enum mg_status mg_attention(float *out, const float *q, const void *k, const voi
     struct attention job = {
         .kernels = mg_kernels(), .bf16 = precision == MG_BF16 ? mg_bf16() : NULL, .out = out, .q = q, .k = k, .v = v,
         .k_scale = k_scale, .v_scale = v_scale, .held = held, .gate = gate, .q_batch = q_batch, .q_row = q_row,
-        .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width, .causal = causal,
-        .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d, .n_query = group * t_q};
+        .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width,
+        .causal = causal, .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d, .n_query = group * t_q};
     if (t_k == 0 || group == 0 || n_batch % group != 0 || (causal && t_q > t_k))
         return MG_BAD_VALUE;
     if ((gate != NULL && gate_width != 1 && gate_width != d) || precision > MG_INT8 || held > MG_HELD_INT8)
@@ -238,8 +238,8 @@ enum mg_status mg_attention(float *out, const float *q, const void *k, const voi
     if (precision == MG_INT8) {
         struct mg_attention_call call = {
             .out = out, .q = q, .k = k, .v = v, .half = held == MG_HELD_HALF, .gate = gate, .q_batch = q_batch,
-            .q_row = q_row, .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width,
-            .causal = causal, .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d};
+            .q_row = q_row, .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row,
+            .gate_width = gate_width, .causal = causal, .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d};
         return mg_attend_int8(&call, n_batch / group);
     }
     if (job.n_query <= job.kernels->few_queries)

@@ -242,6 +242,7 @@ const struct mg_kernels mg_avx2 = {
     .attend_floats = mg_avx2_attend_floats,
     .attend = mg_avx2_attend,
     .attend_range = mg_avx2_attend_range,
+    .reads_narrow = 1,
     .attend_backward_floats = mg_avx2_attend_backward_floats,
     .attend_backward = mg_avx2_attend_backward,
     .rows = &mg_avx2_rows,

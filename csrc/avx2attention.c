@@ -231,17 +231,34 @@ MG_INLINE TARGET __m256 sums_of(const __m256 *c)
     return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
+MG_INLINE const void *element(const void *x, size_t i, const enum mg_held held)
+{
+    return (const char *)x + i * mg_held_bytes(held);
+}
+
+/* Up to 8 elements as floats, zeros beyond, without their scale. */
+MG_INLINE TARGET __m256 widened(const void *x, size_t left, const enum mg_held held)
+{
+    if (held == MG_HELD_FLOAT)
+        return load(x, left);
+    __m128i bits = _mm_setzero_si128();
+    memcpy(&bits, x, mg_min(left, LANES) * mg_held_bytes(held));
+    if (held == MG_HELD_INT8)
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bits));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
 /* Fetches elements that are read AHEAD keys later, or lie behind the last key, which does no harm: each head's part is
    too short for a processor to see it coming.  One row at a time, since many at once stall. */
-MG_INLINE TARGET void fetch(const float *x, const size_t vectors)
+MG_INLINE TARGET void fetch(const void *x, const size_t vectors, const enum mg_held held)
 {
-    for (size_t v = 0; v < vectors; v += 2)
-        _mm_prefetch((const char *)(x + v * LANES), _MM_HINT_T1);
+    for (size_t at = 0; at < vectors * LANES * mg_held_bytes(held); at += 64)
+        _mm_prefetch((const char *)x + at, _MM_HINT_T1);
 }
 
 /* c[r] += q * key[r] for 8 keys, those beyond n being copies of the last, over some vectors, the last of up to 8. */
-MG_INLINE TARGET void score_step(__m256 *c, const float *q, const float *key, size_t k_row, size_t n, size_t left,
-                                 const size_t vectors)
+MG_INLINE TARGET void score_step(__m256 *c, const float *q, const void *key, size_t k_row, size_t n, size_t left,
+                                 const size_t vectors, const enum mg_held held)
 {
     __m256 x[4];
     MG_UNROLL
@@ -251,60 +268,66 @@ MG_INLINE TARGET void score_step(__m256 *c, const float *q, const float *key, si
     for (size_t r = 0; r < LANES; r++) {
         MG_UNROLL
         for (size_t v = 0; v < vectors; v++)
-            c[r] = _mm256_fmadd_ps(x[v], load(key + v * LANES, left), c[r]);
-        fetch(key + AHEAD * k_row, vectors);
-        key += r + 1 < n ? k_row : 0;
+            c[r] = _mm256_fmadd_ps(x[v], widened(element(key, v * LANES, held), left, held), c[r]);
+        fetch(element(key, AHEAD * k_row, held), vectors, held);
+        key = element(key, r + 1 < n ? k_row : 0, held);
     }
 }
 
-/* p[j] = q . key[j], times unit, for n <= SOME_KEYS keys; -> their maximum */
-TARGET static float score_some(float *p, const float *q, const float *key, size_t k_row, size_t n, size_t d, float unit)
+/* p[j] = q . key[j], times unit and the key's scale, for n <= SOME_KEYS keys; -> their maximum */
+MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, size_t k_row, const float *scale, size_t n,
+                                  size_t d, float unit, const enum mg_held held)
 {
     float top = MG_LOWEST;
     for (size_t j = 0; j < n; j += LANES) {
-        const float *at = key + j * k_row;
-        __m256 c[LANES];
+        const void *at = element(key, j * k_row, held);
+        __m256 c[LANES], score;
         size_t i = 0;
         MG_UNROLL
         for (size_t r = 0; r < LANES; r++)
             c[r] = _mm256_setzero_ps();
         for (; i + 4 * LANES <= d; i += 4 * LANES)
-            score_step(c, q + i, at + i, k_row, n - j, LANES, 4);
+            score_step(c, q + i, element(at, i, held), k_row, n - j, LANES, 4, held);
         for (; i + LANES <= d; i += LANES)
-            score_step(c, q + i, at + i, k_row, n - j, LANES, 1);
+            score_step(c, q + i, element(at, i, held), k_row, n - j, LANES, 1, held);
         if (i < d)
-            score_step(c, q + i, at + i, k_row, n - j, d - i, 1);
-        _mm256_storeu_ps(p + j, _mm256_mul_ps(sums_of(c), _mm256_set1_ps(unit)));
+            score_step(c, q + i, element(at, i, held), k_row, n - j, d - i, 1, held);
+        score = _mm256_mul_ps(sums_of(c), _mm256_set1_ps(unit));
+        if (held == MG_HELD_INT8)
+            score = _mm256_mul_ps(score, load(scale + j, n - j));
+        _mm256_storeu_ps(p + j, score);
     }
     for (size_t j = 0; j < n; j++)
         top = p[j] > top ? p[j] : top;
     return top;
 }
 
-/* p[j] = 2^(p[j] - top) -> their sum */
-TARGET static float weigh_some(float *p, float top, size_t n)
+/* p[j] = 2^(p[j] - top) -> their sum; then each is multiplied by its value's scale. */
+MG_INLINE TARGET float weigh_some(float *p, float top, const float *scale, size_t n, const enum mg_held held)
 {
     float sum = 0.0f;
     for (size_t j = 0; j < n; j += LANES)
         _mm256_storeu_ps(p + j, exp2_of(_mm256_sub_ps(_mm256_loadu_ps(p + j), _mm256_set1_ps(top))));
     for (size_t j = 0; j < n; j++)
         sum += p[j];
+    for (size_t j = 0; held == MG_HELD_INT8 && j < n; j++)
+        p[j] *= scale[j];
     return sum;
 }
 
 /* o = o * scale + sum_j p[j] * value[j], over some vectors, the last of up to 8 elements. */
-MG_INLINE TARGET void add_step(float *o, float scale, const float *p, const float *value, size_t v_row, size_t n,
-                               size_t left, const size_t vectors)
+MG_INLINE TARGET void add_step(float *o, float scale, const float *p, const void *value, size_t v_row, size_t n,
+                               size_t left, const size_t vectors, const enum mg_held held)
 {
     __m256 c[8];
     MG_UNROLL
     for (size_t v = 0; v < vectors; v++)
         c[v] = _mm256_mul_ps(load(o + v * LANES, left), _mm256_set1_ps(scale));
-    for (size_t j = 0; j < n; j++, value += v_row) {
-        fetch(value + AHEAD * v_row, vectors);
+    for (size_t j = 0; j < n; j++, value = element(value, v_row, held)) {
+        fetch(element(value, AHEAD * v_row, held), vectors, held);
         MG_UNROLL
         for (size_t v = 0; v < vectors; v++)
-            c[v] = _mm256_fmadd_ps(_mm256_set1_ps(p[j]), load(value + v * LANES, left), c[v]);
+            c[v] = _mm256_fmadd_ps(_mm256_set1_ps(p[j]), widened(element(value, v * LANES, held), left, held), c[v]);
     }
     MG_UNROLL
     for (size_t v = 0; v < vectors; v++) {
@@ -315,18 +338,19 @@ MG_INLINE TARGET void add_step(float *o, float scale, const float *p, const floa
     }
 }
 
-TARGET static void add_some(float *o, float scale, const float *p, const float *value, size_t v_row, size_t n, size_t d)
+MG_INLINE TARGET void add_some(float *o, float scale, const float *p, const void *value, size_t v_row, size_t n,
+                               size_t d, const enum mg_held held)
 {
     size_t i = 0;
     for (; i + 8 * LANES <= d; i += 8 * LANES)
-        add_step(o + i, scale, p, value + i, v_row, n, LANES, 8);
+        add_step(o + i, scale, p, element(value, i, held), v_row, n, LANES, 8, held);
     for (; i + LANES <= d; i += LANES)
-        add_step(o + i, scale, p, value + i, v_row, n, LANES, 1);
+        add_step(o + i, scale, p, element(value, i, held), v_row, n, LANES, 1, held);
     if (i < d)
-        add_step(o + i, scale, p, value + i, v_row, n, d - i, 1);
+        add_step(o + i, scale, p, element(value, i, held), v_row, n, d - i, 1, held);
 }
 
-TARGET void mg_avx2_attend_range(const struct mg_attention_range *r)
+MG_INLINE TARGET void attend_range(const struct mg_attention_range *r, const enum mg_held held)
 {
     float unit = (float)(MG_LOG2_E / sqrt((double)r->d)), p[SOME_KEYS];
     for (size_t i = 0; i < r->n_query * r->n_head; i++) {
@@ -336,19 +360,32 @@ TARGET void mg_avx2_attend_range(const struct mg_attention_range *r)
     memset(r->o, 0, r->n_query * r->n_head * r->d * sizeof *r->o);
     for (size_t key = r->first_key; key < r->end_key; key += SOME_KEYS)
         for (size_t head = 0; head < r->n_head; head++) {
-            const float *k = (const float *)r->k + key * r->k_row + head * r->d;
-            const float *v = (const float *)r->v + key * r->v_row + head * r->d;
+            const float *k_scale = held == MG_HELD_INT8 ? r->k_scale + key : NULL;
+            const float *v_scale = held == MG_HELD_INT8 ? r->v_scale + key : NULL;
+            const void *k = element(r->k, key * r->k_row + head * r->d, held);
+            const void *v = element(r->v, key * r->v_row + head * r->d, held);
             for (size_t l = 0; l < r->n_query; l++) {
                 size_t end = mg_min(r->end_key, r->seen[l]), at = l * r->n_head + head;
                 if (end <= key)
                     continue;
                 size_t n = mg_min(SOME_KEYS, end - key);
+                const float *q = r->q[l] + head * r->d;
                 float before = r->top[at], scale;
-                r->top[at] = fmaxf(before, score_some(p, r->q[l] + head * r->d, k, r->k_row, n, r->d, unit));
+                r->top[at] = fmaxf(before, score_some(p, q, k, r->k_row, k_scale, n, r->d, unit, held));
                 scale = exp2f(before - r->top[at]);
-                r->sum[at] = r->sum[at] * scale + weigh_some(p, r->top[at], n);
-                add_some(r->o + at * r->d, scale, p, v, r->v_row, n, r->d);
+                r->sum[at] = r->sum[at] * scale + weigh_some(p, r->top[at], v_scale, n, held);
+                add_some(r->o + at * r->d, scale, p, v, r->v_row, n, r->d, held);
             }
         }
+}
+
+TARGET void mg_avx2_attend_range(const struct mg_attention_range *r)
+{
+    if (r->held == MG_HELD_FLOAT)
+        attend_range(r, MG_HELD_FLOAT);
+    else if (r->held == MG_HELD_HALF)
+        attend_range(r, MG_HELD_HALF);
+    else
+        attend_range(r, MG_HELD_INT8);
 }
 #endif

@@ -354,8 +354,9 @@ MG_INLINE TARGET void attend_range(const struct mg_attention_range *r, const enu
                 if (end <= key)
                     continue;
                 size_t n = mg_min(SOME_KEYS, end - key);
+                const float *q = r->q[l] + head * r->d;
                 float before = r->top[at], scale;
-                r->top[at] = fmaxf(before, score_some(p, r->q[l] + head * r->d, k, r->k_row, k_scale, n, r->d, unit, held));
+                r->top[at] = fmaxf(before, score_some(p, q, k, r->k_row, k_scale, n, r->d, unit, held));
                 scale = exp2f(before - r->top[at]);
                 r->sum[at] = r->sum[at] * scale + weigh_some(p, r->top[at], v_scale, n, held);
                 add_some(r->o + at * r->d, scale, p, v, r->v_row, n, r->d, held);
