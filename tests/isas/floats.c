@@ -299,6 +299,42 @@ static void check_attention(const struct attention *c, enum mg_precision precisi
     close_to(out, wanted, n_q * row, gate != NULL ? 3.5 * error : error, "queries, keys", n_q, n_k);
 }
 
+/* x (rows,n), each row with a scale, to what it is held as and back, so that both are the same numbers. */
+static void *narrowed(int room, float *x, float *scale, enum mg_held held, size_t rows, size_t n)
+{
+    uint16_t *half = array(room, rows * n * mg_held_bytes(held));
+    int8_t *q = (int8_t *)half;
+    for (size_t i = 0; i < rows * n; i++) {
+        if (held == MG_HELD_HALF) {
+            x[i] = mg_from_bf16(half[i] = mg_to_bf16(x[i]));
+        } else {
+            q[i] = (int8_t)(36.0f * x[i]);
+            x[i] = scale[i / n] * (float)q[i];
+        }
+    }
+    return half;
+}
+
+static void check_attention_narrow(const struct attention *c, enum mg_held held)
+{
+    size_t row = c->n_head * c->d, n_q = c->n_batch * c->t_q, n_k = c->n_batch / c->group * c->t_k;
+    float *q = floats(0, n_q * row), *k = floats(1, n_k * row), *v = floats(2, n_k * row), *scale = floats(3, 2 * n_k);
+    float *out = output(4, n_q * row * sizeof *out), *wanted = array(5, n_q * row * sizeof *wanted), largest = 1.0f;
+    for (size_t i = 0; i < 2 * n_k; i++)
+        scale[i] = 0.01f * fabsf(scale[i]);
+    void *narrow_k = narrowed(6, k, scale, held, n_k, row), *narrow_v = narrowed(7, v, scale + n_k, held, n_k, row);
+    for (size_t i = 0; i < n_k * row; i++)
+        largest = fmaxf(largest, fabsf(v[i]));
+    const float *scales[2] = {held == MG_HELD_INT8 ? scale : NULL, held == MG_HELD_INT8 ? scale + n_k : NULL};
+    use(portable);
+    mg_attention(wanted, q, k, v, NULL, NULL, MG_HELD_FLOAT, NULL, c->t_q * row, row, c->t_k * row, row, c->t_k * row,
+                 row, 0, c->causal, MG_FLOAT32, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
+    use(isa);
+    mg_attention(out, q, narrow_k, narrow_v, scales[0], scales[1], held, NULL, c->t_q * row, row, c->t_k * row, row,
+                 c->t_k * row, row, 0, c->causal, MG_FLOAT32, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
+    close_to(out, wanted, n_q * row, 2 * ATTENTION_ERROR * (double)largest, "queries, keys", n_q, n_k);
+}
+
 static void check_attention_training(size_t t_q, size_t t_k, size_t d, int causal)
 {
     size_t n_head = 2, row = n_head * d, size = t_q * row, key_size = t_k * row;
@@ -370,6 +406,11 @@ void check_interface(void)
         c.gate_width = c.gate_width > 1 ? c.d : c.gate_width;
         check_attention(&c, MG_FLOAT32, 1.0f, 2 * ATTENTION_ERROR);
         check_attention(&c, MG_FLOAT32, 40.0f, 4e-4);   /* scores of order 100, where float32 leaves 1e-5 in the exponent */
+    }
+    start_of("attention to keys and values in bfloat16 and int8");
+    for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
+        check_attention_narrow(&CASES[i], MG_HELD_HALF);
+        check_attention_narrow(&CASES[i], MG_HELD_INT8);
     }
     start_of("attention in int8");
     for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
