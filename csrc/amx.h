@@ -1,5 +1,6 @@
 /* What AMX's files share.  None of them has run on a processor that has AMX: tests compile them with the tiles of
-   tests/isas/amxemulation.h, which does in plain C what the manual says.  No choice here was measured. */
+   tests/isas/amxemulation.h, which does in plain C what the manual says, and a processor that has it must pass a trial
+   (trial.c) before they are chosen unasked.  No choice here was measured. */
 #ifndef MG_AMX_H
 #define MG_AMX_H
 #include "kernels.h"

@@ -170,36 +170,40 @@ static int all_usable(const char *words)
 int mg_isa_usable(size_t i) { return i < N_ISA && all_usable(needs[i]); }
 
 /* Beside the instruction set: some processors with VNNI have it, some have not; AMX's packs with AVX-512's. */
-static const struct mg_bf16 *bf16_of(const struct mg_kernels *kernels)
+static const struct mg_bf16 *bf16_of(const struct mg_kernels *kernels, int is_asked_for)
 {
 #ifdef MG_AMX
-    if (kernels == &mg_amx && all_usable("avx512_bf16"))
-        return all_usable("amx_bf16") ? &mg_amxbf16 : &mg_avx512bf16;
+    if (kernels == &mg_amx && all_usable("avx512_bf16")) {
+        int good = all_usable("amx_bf16") && (is_asked_for || mg_bf16_tiles_agree(&mg_amxbf16, &mg_avx512bf16));
+        return good ? &mg_amxbf16 : &mg_avx512bf16;
+    }
 #endif
 #if defined(__x86_64__)
     if (kernels == &mg_avx512vnni && all_usable("avx512_bf16"))
         return &mg_avx512bf16;
 #endif
     (void)kernels;
+    (void)is_asked_for;
     return NULL;
 }
 
-/* Not chosen unasked: what has not run on its processor yet (amx.h). */
-static int is_untried(const struct mg_kernels *kernels)
+/* Whether to choose it unasked: what was written without its processor has to pass a trial there (trial.c). */
+static int is_trusted(const struct mg_kernels *kernels)
 {
 #ifdef MG_AMX
-    return kernels == &mg_amx;
+    return kernels != &mg_amx || mg_tiles_agree(kernels, &mg_avx512vnni);
 #else
     (void)kernels;
-    return 0;
+    return 1;
 #endif
 }
 
 enum mg_status mg_use_isa(const char *name)
 {
+    int is_asked_for = name[0] != 0;
     for (size_t i = N_ISA; i-- > 0;)
-        if ((name[0] == 0 ? !is_untried(isas[i]) : strcmp(name, isas[i]->name) == 0) && mg_isa_usable(i)) {
-            atomic_store(&current_bf16, bf16_of(isas[i]));
+        if (mg_isa_usable(i) && (is_asked_for ? strcmp(name, isas[i]->name) == 0 : is_trusted(isas[i]))) {
+            atomic_store(&current_bf16, bf16_of(isas[i], is_asked_for));
             atomic_store(&current, isas[i]);
             return MG_OK;
         }

@@ -218,6 +218,7 @@ void mg_avx512_sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_
 #define MG_AMX
 extern const struct mg_kernels mg_amx;
 extern const struct mg_int8_attention mg_amx_int8;
+int mg_tiles_agree(const struct mg_kernels *kernels, const struct mg_kernels *proven);  /* trial.c */
 #endif
 #elif defined(__aarch64__)
 extern const struct mg_kernels mg_neon;
@@ -291,6 +292,7 @@ struct mg_bf16 {
 extern const struct mg_bf16 mg_avx512bf16;
 #ifdef MG_AMX
 extern const struct mg_bf16 mg_amxbf16;
+int mg_bf16_tiles_agree(const struct mg_bf16 *kernels, const struct mg_bf16 *proven);   /* trial.c */
 #endif
 size_t mg_avx512bf16_attend_words(size_t t_k, size_t d);
 void mg_avx512bf16_attend(const struct mg_bf16 *bf16, const struct mg_attention_block *block, uint32_t *scratch);

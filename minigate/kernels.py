@@ -68,7 +68,7 @@ def features() -> dict[str, tuple[bool, bool, bool]]:
 
 
 def use_isa(name: str = "") -> str:
-    """Runs all kernels on an instruction set from now on ("": the fastest, but not amx, see csrc/amx.h); -> its name.
+    """Runs all kernels on an instruction set from now on ("": the fastest, amx if it passes csrc/trial.c); -> its name.
 
     Raises UsageError if it is unknown or this process may not use it."""
     global _isa

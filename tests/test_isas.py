@@ -19,8 +19,8 @@ MISSING = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
 PACKAGES = "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"      # of Debian
 KERNELS = {"dot_panel, pack_rows", "score_panel", "sum_panel", "score_keys", "sum_values", "weigh", "weigh_some",
            "finish", "quantize_row", "layer_norm_row", "attention"}
-AMX_AND_ITS_CALLERS = {"amx.c", "amxbf16.c", "avx512vnni.c", "avx512bf16.c", "avx512bf16attention.c", "calls.c",
-                       "product.c", "staticattention.c", "dynamicattention.c"}
+AMX_AND_ITS_CALLERS = {"amx.c", "amxbf16.c", "trial.c", "dispatch.c", "avx512vnni.c", "avx512bf16.c",
+                       "avx512bf16attention.c", "calls.c", "product.c", "staticattention.c", "dynamicattention.c"}
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 needs_arm = pytest.mark.skipif(bool(MISSING), reason=f"no {' and no '.join(MISSING)} (packages {PACKAGES})")
 
@@ -112,14 +112,27 @@ def reason_against_amx():
     return "" if shutil.which("gcc") else "no gcc"
 
 
-@pytest.mark.skipif(bool(reason_against_amx()), reason=reason_against_amx())
-def test_emulated_amx_equals_the_portable_kernels(tmp_path):
+needs_vnni = pytest.mark.skipif(bool(reason_against_amx()), reason=reason_against_amx())
+USABLE_WITH_AMX = ["portable", "avx2", "avx512vnni", "amx"]
+
+
+def build_amx(folder, *flags):
     csrc, checks = sources()
     sanitized = [path for path in csrc if path.name in AMX_AND_ITS_CALLERS]
     others = [path for path in csrc if path not in sanitized]
-    emulated = ["-O1", "-DMG_AMX_EMULATED", f"-I{CHECKS}"]
-    steps = [(others, emulated), ([*sanitized, *checks], [*emulated, *SANITIZERS])]
+    emulated = ["-O1", "-DMG_AMX_EMULATED", f"-I{CHECKS}", *flags]
+    return build(folder, "gcc", [(others, emulated), ([*sanitized, *checks], [*emulated, *SANITIZERS])], *SANITIZERS)
+
+
+@needs_vnni
+def test_emulated_amx_equals_the_portable_kernels_and_is_chosen(tmp_path):
     bf16 = {"product in bfloat16", "attention in bfloat16"} if all(kernels.features()["avx512_bf16"]) else set()
-    usable = ["portable", "avx2", "avx512vnni", "amx"]
-    found = check([build(tmp_path, "gcc", steps, *SANITIZERS)], usable)
+    found = check([build_amx(tmp_path)], USABLE_WITH_AMX)
     assert found["amx"] >= bf16
+
+
+@needs_vnni
+@pytest.mark.parametrize("wrong", [1, 2], ids=["int8", "bf16"])
+def test_amx_that_computes_something_else_is_not_chosen(tmp_path, wrong):
+    result = run([build_amx(tmp_path, f"-DTMM_WRONG={wrong}"), *USABLE_WITH_AMX])
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

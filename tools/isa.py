@@ -29,8 +29,10 @@ def main() -> int:
     print("unusable:", " ".join(name for name, usable in kernels.isas().items() if not usable) or "none")
     forced = os.environ.get("MINIGATE_ISA", "")
     try:
-        reason = f"MINIGATE_ISA={forced}" if forced else "the fastest usable, amx left aside"
-        print("chosen:", kernels.isa(), f"({reason})")
+        chosen, reason = kernels.isa(), f"MINIGATE_ISA={forced}" if forced else "the fastest usable"
+        if not forced and chosen != kernels.usable_isas()[-1]:
+            reason += f", {kernels.usable_isas()[-1]} having failed its trial"
+        print("chosen:", chosen, f"({reason})")
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2

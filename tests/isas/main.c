@@ -2,8 +2,14 @@
    compiles this program for them and runs it under an emulator, or with emulated instructions.
 
    usage: isas NAME...      the instruction sets that must be usable, in the order of the dispatcher, and no others
-   Exit status 1 at the first difference. */
+   Exit status 1 at the first difference.  With TMM_WRONG, see amxemulation.h, it looks only at what is chosen. */
 #include "harness.h"
+
+#ifdef MG_AMX_EMULATED
+#include "amxemulation.h"
+#else
+#define TMM_WRONG 0
+#endif
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -137,9 +143,14 @@ static void check_detection(int n, char **names)
     }
     if (found != n)
         fail("%d instruction sets are usable, expected %d", found, n);
-    const char *last = names[strcmp(names[n - 1], "amx") == 0 ? n - 2 : n - 1];    /* amx only where it is named */
+    const char *last = names[TMM_WRONG == 1 ? n - 2 : n - 1];   /* wrong tiles do not pass their trial */
     if (mg_use_isa("") != MG_OK || strcmp(mg_isa(), last) != 0)
         fail("%s is chosen, expected %s", mg_isa(), last);
+#ifdef MG_AMX_EMULATED
+    const struct mg_bf16 *wanted = TMM_WRONG != 0 ? &mg_avx512bf16 : &mg_amxbf16;
+    if (mg_bf16() != NULL && mg_bf16() != wanted)
+        fail("bfloat16 is multiplied %s tiles", TMM_WRONG != 0 ? "on wrong" : "without");
+#endif
 }
 
 int main(int argc, char **argv)
@@ -149,6 +160,8 @@ int main(int argc, char **argv)
     if (argc < 2)
         fail("expected the names of instruction sets");
     check_detection(argc - 1, argv + 1);
+    if (TMM_WRONG != 0)
+        return 0;
     mg_use_isa("portable");
     portable = mg_kernels();
     mg_set_threads(2);
