@@ -22,7 +22,7 @@ struct mg_tensor {
 /* Instruction sets, from the plainest to the widest.  mg_isa_name(i) is NULL past the last. */
 const char *mg_isa_name(size_t i);
 int mg_isa_usable(size_t i);
-enum mg_status mg_use_isa(const char *name);    /* "" picks the widest usable */
+enum mg_status mg_use_isa(const char *name);    /* "" picks the widest usable that can be trusted */
 const char *mg_isa(void);
 
 /* Features of the processor.  mg_feature_name(i) is NULL past the last.  mg_feature(i) adds up
@@ -82,7 +82,7 @@ enum mg_status mg_finish(float *out, const float *x, const float *bias, const fl
    out (n_batch, t_q, n_head*d); q (n_batch, t_q, n_head*d), k and v (n_batch/group, t_k, n_head*d) with strides in
    elements between batches and between rows; row b of the batch attends to k[b / group].
    held: k and v are float, bfloat16 (uint16_t) or int8_t; these stand for scale * number, k_scale and v_scale
-   (n_batch/group, t_k) dense, NULL otherwise.
+   (n_batch/group, t_k) dense, NULL otherwise.  Numbers must be finite: some instruction sets hide a key that is none.
    gate: NULL, or (n_batch, t_q, n_head*gate_width) dense, gate_width 1 or d.
    precision: MG_BF16: many queries, where the instruction set can, and keys, values and the softmax are rounded to
    bfloat16.  MG_INT8: to 8 bits with scales found on the way (dynamicattention.c); all numbers are finite.
@@ -100,7 +100,7 @@ enum mg_status mg_attention(float *out, const float *q, const void *k, const voi
    those from ranges[i][0] to ranges[i][1]-1, of the others those from ranges[i][2] to ranges[i][3]-1.  prefer: and if
    the others together are likelier than the likeliest below begin, only they.  ids and values (m,k): the largest,
    descending, of equals the smaller id first; totals (m): sum exp(logit - values[i][0]), not a number if a logit of the
-   row is none.
+   row is none, and of no meaning if values[i][0] is infinite.
    MG_BAD_VALUE: k is not 1 to n, or an id or a range is outside n. */
 enum mg_status mg_choose(int64_t *ids, float *values, double *totals, float *logits, const int64_t *never,
                          const int64_t *ranges, size_t n_never, size_t begin, int prefer, size_t k, size_t m, size_t n);

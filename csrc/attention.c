@@ -39,11 +39,6 @@ static size_t seen_by(const struct attention *job, size_t index)
     return job->causal ? index % job->t_q + 1 + job->t_k - job->t_q : job->t_k;
 }
 
-static const void *element(const struct attention *job, const void *x, size_t i)
-{
-    return (const char *)x + i * mg_held_bytes(job->held);
-}
-
 /* scale: of each row, if MG_HELD_INT8 */
 static void widen(float *out, const void *x, enum mg_held held, size_t x_row, const float *scale, size_t rows, size_t n)
 {
@@ -68,8 +63,8 @@ static const float *scale_of(const struct attention *job, const float *scale, si
 static void widen_block(const struct attention *job, struct mg_attention_block *block, size_t batch, size_t head,
                         float *room)
 {
-    const void *k = element(job, job->k, batch * job->k_batch + head * job->d);
-    const void *v = element(job, job->v, batch * job->v_batch + head * job->d);
+    const void *k = mg_held_at(job->k, batch * job->k_batch + head * job->d, job->held);
+    const void *v = mg_held_at(job->v, batch * job->v_batch + head * job->d, job->held);
     float *values = room + job->t_k * job->d;
     widen(room, k, job->held, job->k_row, scale_of(job, job->k_scale, batch), job->t_k, job->d);
     widen(values, v, job->held, job->v_row, scale_of(job, job->v_scale, batch), job->t_k, job->d);
@@ -89,8 +84,8 @@ static void attend_block(void *context, size_t task, size_t worker)
     struct mg_attention_block block = {
         .out = out, .q = q, .gate = job->gate != NULL ? gate : NULL, .seen = seen,
         .lse = job->lse != NULL ? job->lse + (batch * job->n_head + head) * job->t_q + first : NULL,
-        .k = element(job, job->k, batch * job->k_batch + head * job->d),
-        .v = element(job, job->v, batch * job->v_batch + head * job->d),
+        .k = mg_held_at(job->k, batch * job->k_batch + head * job->d, job->held),
+        .v = mg_held_at(job->v, batch * job->v_batch + head * job->d, job->held),
         .k_row = job->k_row, .v_row = job->v_row, .gate_width = job->gate_width,
         .n_query = mg_min(job->block, job->n_query - first), .d = job->d};
     for (size_t i = 0; i < block.n_query; i++) {
@@ -130,9 +125,9 @@ static void widen_range(const struct attention *job, struct mg_attention_range *
 {
     size_t n = job->n_head * job->d, keys = range->end_key - range->first_key;
     float *values = room + RANGE_KEYS * n;
-    widen(room, element(job, range->k, range->first_key * range->k_row), job->held, range->k_row,
+    widen(room, mg_held_at(range->k, range->first_key * range->k_row, job->held), job->held, range->k_row,
           range->k_scale != NULL ? range->k_scale + range->first_key : NULL, keys, n);
-    widen(values, element(job, range->v, range->first_key * range->v_row), job->held, range->v_row,
+    widen(values, mg_held_at(range->v, range->first_key * range->v_row, job->held), job->held, range->v_row,
           range->v_scale != NULL ? range->v_scale + range->first_key : NULL, keys, n);
     range->k = room - range->first_key * n;
     range->v = values - range->first_key * n;
@@ -149,7 +144,7 @@ static void attend_range(void *context, size_t task, size_t worker)
     size_t seen[MAX_QUERIES];
     struct mg_attention_range range = {
         .top = job->top + at, .sum = job->sum + at, .o = job->o + at * job->d, .q = q, .seen = seen,
-        .k = element(job, job->k, batch * job->k_batch), .v = element(job, job->v, batch * job->v_batch),
+        .k = mg_held_at(job->k, batch * job->k_batch, job->held), .v = mg_held_at(job->v, batch * job->v_batch, job->held),
         .k_scale = scale_of(job, job->k_scale, batch), .v_scale = scale_of(job, job->v_scale, batch),
         .held = job->held, .k_row = job->k_row, .v_row = job->v_row, .first_key = first,
         .end_key = mg_min(first + RANGE_KEYS, job->t_k),
@@ -237,7 +232,7 @@ enum mg_status mg_attention(float *out, const float *q, const void *k, const voi
         return MG_OK;
     if (precision == MG_INT8) {
         struct mg_attention_call call = {
-            .out = out, .q = q, .k = k, .v = v, .half = held == MG_HELD_HALF, .gate = gate, .q_batch = q_batch,
+            .out = out, .q = q, .k = k, .v = v, .held = held, .gate = gate, .q_batch = q_batch,
             .q_row = q_row, .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row,
             .gate_width = gate_width, .causal = causal, .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d};
         return mg_attend_int8(&call, n_batch / group);

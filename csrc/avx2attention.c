@@ -231,11 +231,6 @@ MG_INLINE TARGET __m256 sums_of(const __m256 *c)
     return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
-MG_INLINE const void *element(const void *x, size_t i, const enum mg_held held)
-{
-    return (const char *)x + i * mg_held_bytes(held);
-}
-
 /* Up to 8 elements as floats, zeros beyond, without their scale. */
 MG_INLINE TARGET __m256 widened(const void *x, size_t left, const enum mg_held held)
 {
@@ -268,9 +263,9 @@ MG_INLINE TARGET void score_step(__m256 *c, const float *q, const void *key, siz
     for (size_t r = 0; r < LANES; r++) {
         MG_UNROLL
         for (size_t v = 0; v < vectors; v++)
-            c[r] = _mm256_fmadd_ps(x[v], widened(element(key, v * LANES, held), left, held), c[r]);
-        fetch(element(key, AHEAD * k_row, held), vectors, held);
-        key = element(key, r + 1 < n ? k_row : 0, held);
+            c[r] = _mm256_fmadd_ps(x[v], widened(mg_held_at(key, v * LANES, held), left, held), c[r]);
+        fetch(mg_held_at(key, AHEAD * k_row, held), vectors, held);
+        key = mg_held_at(key, r + 1 < n ? k_row : 0, held);
     }
 }
 
@@ -280,18 +275,18 @@ MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, siz
 {
     float top = MG_LOWEST;
     for (size_t j = 0; j < n; j += LANES) {
-        const void *at = element(key, j * k_row, held);
+        const void *at = mg_held_at(key, j * k_row, held);
         __m256 c[LANES], score;
         size_t i = 0;
         MG_UNROLL
         for (size_t r = 0; r < LANES; r++)
             c[r] = _mm256_setzero_ps();
         for (; i + 4 * LANES <= d; i += 4 * LANES)
-            score_step(c, q + i, element(at, i, held), k_row, n - j, LANES, 4, held);
+            score_step(c, q + i, mg_held_at(at, i, held), k_row, n - j, LANES, 4, held);
         for (; i + LANES <= d; i += LANES)
-            score_step(c, q + i, element(at, i, held), k_row, n - j, LANES, 1, held);
+            score_step(c, q + i, mg_held_at(at, i, held), k_row, n - j, LANES, 1, held);
         if (i < d)
-            score_step(c, q + i, element(at, i, held), k_row, n - j, d - i, 1, held);
+            score_step(c, q + i, mg_held_at(at, i, held), k_row, n - j, d - i, 1, held);
         score = _mm256_mul_ps(sums_of(c), _mm256_set1_ps(unit));
         if (held == MG_HELD_INT8)
             score = _mm256_mul_ps(score, load(scale + j, n - j));
@@ -323,11 +318,11 @@ MG_INLINE TARGET void add_step(float *o, float scale, const float *p, const void
     MG_UNROLL
     for (size_t v = 0; v < vectors; v++)
         c[v] = _mm256_mul_ps(load(o + v * LANES, left), _mm256_set1_ps(scale));
-    for (size_t j = 0; j < n; j++, value = element(value, v_row, held)) {
-        fetch(element(value, AHEAD * v_row, held), vectors, held);
+    for (size_t j = 0; j < n; j++, value = mg_held_at(value, v_row, held)) {
+        fetch(mg_held_at(value, AHEAD * v_row, held), vectors, held);
         MG_UNROLL
         for (size_t v = 0; v < vectors; v++)
-            c[v] = _mm256_fmadd_ps(_mm256_set1_ps(p[j]), widened(element(value, v * LANES, held), left, held), c[v]);
+            c[v] = _mm256_fmadd_ps(_mm256_set1_ps(p[j]), widened(mg_held_at(value, v * LANES, held), left, held), c[v]);
     }
     MG_UNROLL
     for (size_t v = 0; v < vectors; v++) {
@@ -343,11 +338,11 @@ MG_INLINE TARGET void add_some(float *o, float scale, const float *p, const void
 {
     size_t i = 0;
     for (; i + 8 * LANES <= d; i += 8 * LANES)
-        add_step(o + i, scale, p, element(value, i, held), v_row, n, LANES, 8, held);
+        add_step(o + i, scale, p, mg_held_at(value, i, held), v_row, n, LANES, 8, held);
     for (; i + LANES <= d; i += LANES)
-        add_step(o + i, scale, p, element(value, i, held), v_row, n, LANES, 1, held);
+        add_step(o + i, scale, p, mg_held_at(value, i, held), v_row, n, LANES, 1, held);
     if (i < d)
-        add_step(o + i, scale, p, element(value, i, held), v_row, n, d - i, 1, held);
+        add_step(o + i, scale, p, mg_held_at(value, i, held), v_row, n, d - i, 1, held);
 }
 
 MG_INLINE TARGET void attend_range(const struct mg_attention_range *r, const enum mg_held held)
@@ -362,8 +357,8 @@ MG_INLINE TARGET void attend_range(const struct mg_attention_range *r, const enu
         for (size_t head = 0; head < r->n_head; head++) {
             const float *k_scale = held == MG_HELD_INT8 ? r->k_scale + key : NULL;
             const float *v_scale = held == MG_HELD_INT8 ? r->v_scale + key : NULL;
-            const void *k = element(r->k, key * r->k_row + head * r->d, held);
-            const void *v = element(r->v, key * r->v_row + head * r->d, held);
+            const void *k = mg_held_at(r->k, key * r->k_row + head * r->d, held);
+            const void *v = mg_held_at(r->v, key * r->v_row + head * r->d, held);
             for (size_t l = 0; l < r->n_query; l++) {
                 size_t end = mg_min(r->end_key, r->seen[l]), at = l * r->n_head + head;
                 if (end <= key)

@@ -229,11 +229,6 @@ MG_INLINE TARGET __m512 sums_of(const __m512 *c)
     return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
 }
 
-MG_INLINE const void *element(const void *x, size_t i, const enum mg_held held)
-{
-    return (const char *)x + i * mg_held_bytes(held);
-}
-
 /* As floats, without their scale. */
 MG_INLINE TARGET __m512 load(const void *x, size_t i, __mmask16 mask, const enum mg_held held)
 {
@@ -270,7 +265,7 @@ MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, siz
         for (size_t r = 0; r < LANES; r++)
             c[r] = _mm512_setzero_ps();
         for (size_t i = 0; i < d; i += 4 * LANES) {
-            const void *at = element(key, j * k_row + i, held);
+            const void *at = mg_held_at(key, j * k_row + i, held);
             __m512 x[4];
             __mmask16 mask[4];
             MG_UNROLL
@@ -283,8 +278,8 @@ MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, siz
                 MG_UNROLL
                 for (size_t v = 0; v < 4; v++)
                     c[r] = _mm512_fmadd_ps(x[v], load(at, v * LANES, mask[v], held), c[r]);
-                fetch(element(at, AHEAD * k_row, held), held);
-                at = element(at, j + r + 1 < n ? k_row : 0, held);      /* beyond the last key stand copies of it */
+                fetch(mg_held_at(at, AHEAD * k_row, held), held);
+                at = mg_held_at(at, j + r + 1 < n ? k_row : 0, held);      /* beyond the last key stand copies of it */
             }
         }
         __m512 score = _mm512_mul_ps(sums_of(c), _mm512_set1_ps(unit));
@@ -315,7 +310,7 @@ MG_INLINE TARGET void add_some(float *o, float scale, const float *p, const void
                                size_t d, const enum mg_held held)
 {
     for (size_t i = 0; i < d; i += 4 * LANES) {
-        const void *at = element(value, i, held);
+        const void *at = mg_held_at(value, i, held);
         __m512 c[4];
         __mmask16 mask[4];
         MG_UNROLL
@@ -323,8 +318,8 @@ MG_INLINE TARGET void add_some(float *o, float scale, const float *p, const void
             mask[v] = mask_of(i + v * LANES < d ? d - i - v * LANES : 0);
             c[v] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask[v], o + i + v * LANES), _mm512_set1_ps(scale));
         }
-        for (size_t j = 0; j < n; j++, at = element(at, v_row, held)) {
-            fetch(element(at, AHEAD * v_row, held), held);
+        for (size_t j = 0; j < n; j++, at = mg_held_at(at, v_row, held)) {
+            fetch(mg_held_at(at, AHEAD * v_row, held), held);
             MG_UNROLL
             for (size_t v = 0; v < 4; v++)
                 c[v] = _mm512_fmadd_ps(_mm512_set1_ps(p[j]), load(at, v * LANES, mask[v], held), c[v]);
@@ -347,8 +342,8 @@ MG_INLINE TARGET void attend_range(const struct mg_attention_range *r, const enu
         for (size_t head = 0; head < r->n_head; head++) {
             const float *k_scale = held == MG_HELD_INT8 ? r->k_scale + key : NULL;
             const float *v_scale = held == MG_HELD_INT8 ? r->v_scale + key : NULL;
-            const void *k = element(r->k, key * r->k_row + head * r->d, held);
-            const void *v = element(r->v, key * r->v_row + head * r->d, held);
+            const void *k = mg_held_at(r->k, key * r->k_row + head * r->d, held);
+            const void *v = mg_held_at(r->v, key * r->v_row + head * r->d, held);
             for (size_t l = 0; l < r->n_query; l++) {
                 size_t end = mg_min(r->end_key, r->seen[l]), at = l * r->n_head + head;
                 if (end <= key)

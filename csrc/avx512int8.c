@@ -105,15 +105,16 @@ MG_INLINE TARGET float weigh_vectors(uint8_t *p, const int32_t *scores, size_t s
         x[v] = _mm512_mul_ps(_mm512_cvtepi32_ps(number), _mm512_maskz_loadu_ps(mask, key_scale + j));
         tops = _mm512_mask_max_ps(tops, mask, tops, x[v]);
     }
-    __m512 unit = _mm512_set1_ps(scale), largest = _mm512_mul_ps(unit, _mm512_set1_ps(_mm512_reduce_max_ps(tops)));
-    *top = _mm512_cvtss_f32(largest);
+    float most = _mm512_reduce_max_ps(tops);
+    __m512 unit = _mm512_set1_ps(scale), largest = _mm512_set1_ps(most);
+    *top = scale * most;
     MG_UNROLL
     for (size_t v = 0; v < VECTORS; v += 4) {
         __m512i steps[4];
         MG_UNROLL
         for (size_t i = 0; i < 4; i++) {
             __mmask16 mask = mask_of(n > (v + i) * LANES ? n - (v + i) * LANES : 0);
-            __m512 e = weight_of(_mm512_fmsub_ps(x[v + i], unit, largest));
+            __m512 e = weight_of(_mm512_mul_ps(_mm512_sub_ps(x[v + i], largest), unit));
             sum = _mm512_mask_add_ps(sum, mask, sum, e);
             steps[i] = _mm512_cvtps_epi32(e);
         }

@@ -60,7 +60,7 @@ MG_INLINE void fetch(uintptr_t row, size_t bytes)
 static const float *row_at(const struct attention *job, const void *x, size_t at, size_t row, float *room)
 {
     const uint16_t *half = (const uint16_t *)x + at;
-    if (job->call->half) {
+    if (job->call->held == MG_HELD_HALF) {
         fetch((uintptr_t)half + AHEAD * row * sizeof *half, job->call->d * sizeof *half);
     } else {
         fetch((uintptr_t)x + (at + AHEAD * row) * sizeof(float), job->call->d * sizeof(float));

@@ -246,8 +246,8 @@ const struct mg_kernels *mg_kernels(void);
 struct mg_attention_call {
     float *out;
     const float *q, *gate;
-    const void *k, *v;          /* float, or if half bfloat16 */
-    int half;
+    const void *k, *v;          /* as held, not in int8 */
+    enum mg_held held;
     size_t q_batch, q_row, k_batch, k_row, v_batch, v_row, gate_width;
     int causal;
     size_t group, n_head, t_q, t_k, d;
@@ -320,6 +320,11 @@ MG_INLINE void *mg_scratch_of(const struct mg_scratch *scratch, size_t worker)
 MG_INLINE size_t mg_held_bytes(enum mg_held held)
 {
     return held == MG_HELD_FLOAT ? sizeof(float) : held == MG_HELD_HALF ? sizeof(uint16_t) : sizeof(int8_t);
+}
+
+MG_INLINE const void *mg_held_at(const void *x, size_t i, const enum mg_held held)
+{
+    return (const char *)x + i * mg_held_bytes(held);
 }
 
 /* bfloat16, ties to even; NaN stays NaN */

@@ -39,8 +39,8 @@ def choose(logits: np.ndarray, never: np.ndarray, ranges: np.ndarray, begin: int
     never (n,) int64: ids that are forbidden. ranges (rows, 4) int64: of the ids below `begin` those from ranges[0] up
     to ranges[1] are allowed, of the others those from ranges[2] up to ranges[3]. prefer: where the others together are
     likelier than the likeliest below `begin`, it is one of them. ValueError for an id or a range outside V."""
-    if _matrix("logits", logits, None, F32) is not logits:
-        raise ValueError("logits: expected a C-ordered array, which is changed in place, got a view")
+    if _matrix("logits", logits, None, F32) is not logits or not logits.flags.writeable:
+        raise ValueError("logits: expected a C-ordered array that may be changed in place, got a view or a constant")
     rows, n = logits.shape
     never, ranges = _array("never", never, (None,), I64), _array("ranges", ranges, (rows, 4), I64)
     if not 1 <= k <= n:

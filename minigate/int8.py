@@ -21,13 +21,13 @@ TILE = 128 * 1024  # weights that are in memory as float32 at a time, 512 kB
 
 
 def is_cached(name: str) -> bool:
-    """Whether a linear makes keys or values that the decoder keeps and reads anew for each token: the fewer bytes, the
-    less of memory and of its bandwidth. Of tokens, in bfloat16."""
+    """Whether a linear makes the keys or values of tokens, which the decoder keeps in bfloat16 and reads anew for each
+    token: the fewer bytes, the less of memory and of its bandwidth."""
     return name.startswith("decoder.") and name.endswith((".attn.key", ".attn.value"))
 
 
 def is_cross(name: str) -> bool:
-    """Whether a linear makes the keys or values of the encoder's output, which are far more: in int8, by rows."""
+    """The same of the encoder's output, which are far more: in int8, by rows."""
     return name.endswith((".cross_attn.key", ".cross_attn.value"))
 
 

@@ -1,4 +1,5 @@
-"""The only door to the C extension: checks, allocates, calls, turns a status into an exception.
+"""The door to the C extension, beside the other *_kernels.py and packing.py: checks, allocates, calls, turns a status
+into an exception.
 
 In and out go NumPy arrays, float32 and int8, C-ordered (others are copied; q, k and v of attention may be views with
 strides). Without the extension, with MINIGATE_ISA=numpy, and for float64 arrays the same functions of reference.py run.

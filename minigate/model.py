@@ -273,11 +273,11 @@ class Model:
         fits = frames == full or (
             self.metadata.get("audio_context") == "variable" and frames % 2 == 0 and 0 < frames <= full
         )
-        if mel.ndim != 3 or mel.shape[1] != self.dims.n_mels or not fits:
-            raise ValueError(f"mel: expected shape (B, {self.dims.n_mels}, {full}), got {mel.shape}")
+        if mel.ndim != 3 or mel.shape[1] != self.dims.n_mels or not fits or not len(mel):
+            raise ValueError(f"mel: expected shape (B, {self.dims.n_mels}, {full}), B at least 1, got {mel.shape}")
         some = max(1, full // frames)  # windows at a time
         parts = [encoder(self.ops, self.dims, np.asarray(mel[i : i + some], np.float32))
-                 for i in range(0, max(1, len(mel)), some)]  # fmt: skip
+                 for i in range(0, len(mel), some)]  # fmt: skip
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def start(self, xa: np.ndarray) -> Cache:

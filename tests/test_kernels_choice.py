@@ -100,9 +100,13 @@ def test_bad_values(isa, case):
         choose(np.zeros((2, 9), np.float32), np.array(never), ranges(*rows), 5, True, k)
 
 
-def test_a_view_that_could_not_be_changed_in_place(isa):
-    with pytest.raises(ValueError, match="logits: expected a C-ordered array"):
-        choose(np.zeros((9, 2), np.float32).T, np.array([1]), ranges((0, 5, 5, 9)).repeat(2, 0), 5, True)
+@pytest.mark.parametrize("constant", [False, True])
+def test_logits_that_could_not_be_changed_in_place(isa, constant):
+    logits = np.zeros((2, 9), np.float32) if constant else np.zeros((9, 2), np.float32).T
+    logits.flags.writeable = not constant
+    with pytest.raises(ValueError, match="logits: expected a C-ordered array that may be changed in place"):
+        choose(logits, np.array([1]), ranges((0, 5, 5, 9)).repeat(2, 0), 5, True)
+    assert not logits.any()
 
 
 @pytest.mark.skipif(not kernels.compiled, reason="no C extension")

@@ -96,6 +96,13 @@ def test_attention_in_int8_with_large_scores_does_not_overflow(isa, rng):
     assert np.isfinite(got).all() and (np.abs(got - exact_attention(q, k, v, 1, False, None)) < 0.03).mean() > 0.9
 
 
+@pytest.mark.parametrize("size", [1e3, 1e6])
+def test_attention_in_int8_with_large_scores_weighs_as_it_sums(isa, rng, size):
+    q, k = floats(rng, 1, 60, 64) * size, floats(rng, 1, 600, 64)
+    got = kernels.attention(q, k, np.ones_like(k), 1, precision="int8")
+    assert np.abs(got - 1).max() < 1e-3
+
+
 def test_attention_in_int8_of_zeros(isa):
     x = np.zeros((1, 300, 64), np.float32)
     assert not kernels.attention(x, x, x, 1, precision="int8").any()

@@ -303,6 +303,7 @@ def test_dynamic_agrees_with_the_integer_kernels(keep_float):
     integer = model.Model(metadata, quantized).ops
     assert [integer.precision(f"encoder.blocks.{i}.attn") for i in (0, 1)] == [
         "int8", "float32" if "encoder.blocks.1.attn" in keep_float else "int8"]  # fmt: skip
+    assert integer.precision("decoder.blocks.0.attn") == "bf16"
     (xa, logits), (real_xa, real_logits) = forward(quantsim.simulate(metadata, tensors)), forward(integer)
     assert (np.abs(xa - real_xa) > 1e-5).mean() < 0.01  # a number between two steps spreads
     assert (np.abs(logits - real_logits) > 1e-5).mean() < 0.2 and np.median(np.abs(logits - real_logits)) < 1e-6

@@ -29,10 +29,18 @@ ROWS = [(51864, 384), (51865, 512), (384, 384), (1536, 384), (384, 1536), (512, 
 HEADS = [(384, 6), (512, 8)]  # n_state, n_head of tiny and base
 TURNS = 20000  # of peak.c's loops in a call, under 0.1 ms
 UNITS = {"TOPS": 1e12, "TFLOP/s": 1e12, "GB/s": 1e9}  # operations or bytes a second
-FLOATS = ("float32", "bf16")
 RELATIVE = 4e-6  # of a float32 result, relative to the largest magnitude
 ATTENTION = {"float32": 6e-6, "bf16": 1e-2, "int8": 5e-2}  # of attention's result; both sides sum in float32
 Run = Callable[[], object]
+
+
+def int8_rows(x: np.ndarray) -> kernels.Int8Rows:
+    """Keys or values (1, T, D) as the decoder keeps those of the encoder's output."""
+    q, scale = kernels.quantize_rows(x[0])
+    return kernels.Int8Rows(q[None], scale[None])
+
+
+HOLD = {"float32": lambda x: x, "bf16": reference.to_bf16, "int8": int8_rows}  # keys and values, by how they are kept
 
 
 @dataclass
@@ -192,12 +200,12 @@ class Makers:
         roof = self.peaks("int8", self.threads)
         return Case(name, run, check, 4.0 * T * T * n_state, "TOPS", *roof, by_numpy)
 
-    def one_query(self, name: str, n_state: int, n_head: int, bf16: bool) -> Case:
+    def one_query(self, name: str, n_state: int, n_head: int, held: str) -> Case:
         """Other keys and values in each call."""
-        n_bytes = 2 * T * n_state * (2 if bf16 else 4)
+        n_bytes = 2 * T * {"float32": 4 * n_state, "bf16": 2 * n_state, "int8": n_state + 4}[held]
         count = max(LEAST_ROTATED, ROTATED // n_bytes)
         q, floating = floats(self.rng, 1, 1, n_state), [floats(self.rng, 2, 1, T, n_state) for _ in range(count)]
-        pairs = rotation([reference.to_bf16(pair) for pair in floating] if bf16 else floating)
+        pairs = rotation([[HOLD[held](x) for x in pair] for pair in floating])
         others = rotation(floating)
 
         def run():
@@ -208,7 +216,7 @@ class Makers:
 
         def check():
             for _ in range(count):
-                close(name, run(), by_numpy(), ATTENTION["bf16" if bf16 else "float32"])
+                close(name, run(), by_numpy(), ATTENTION[held])
 
         return Case(name, run, check, n_bytes, "GB/s", *reading(count * n_bytes, self.threads), by_numpy)
 
@@ -256,7 +264,7 @@ def cases(peaks: Peaks, threads: int, only: str = "") -> Iterator[Case]:
         many, one = f"attention {T}×{T}×{n_state}", f"attention 1×{T}×{n_state}"
         makers |= {f"{many}, {kind}": partial(make.attention, precision=kind, **sizes) for kind in ATTENTION}
         makers[f"{many}, static int8"] = partial(make.static_attention, **sizes)
-        makers |= {f"{one}, keys in {kind}": partial(make.one_query, bf16=kind == "bf16", **sizes) for kind in FLOATS}
+        makers |= {f"{one}, keys in {kind}": partial(make.one_query, held=kind, **sizes) for kind in HOLD}
     for n_state, _ in HEADS:
         makers[f"layer_norm {T}×{n_state}"] = partial(make.layer_norm, n_state=n_state)
         makers[f"gelu {T}×{4 * n_state}"] = partial(make.gelu, n=4 * n_state)

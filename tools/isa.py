@@ -31,7 +31,7 @@ def main() -> int:
     try:
         chosen, reason = kernels.isa(), f"MINIGATE_ISA={forced}" if forced else "the fastest usable"
         if not forced and chosen != kernels.usable_isas()[-1]:
-            reason += f", {kernels.usable_isas()[-1]} having failed its trial"
+            reason += f" that can be trusted: {kernels.usable_isas()[-1]} failed its trial"
         print("chosen:", chosen, f"({reason})")
     except UsageError as error:
         print(error, file=sys.stderr)

@@ -10,10 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifndef TMM_WRONG
-#define TMM_WRONG 0     /* 1: a sum of int8 products is one too large now and then, 2: one in bfloat16 */
-#endif
-
 enum { TMM_N = 8, TMM_ROWS = 16, TMM_BYTES = 64 };      /* of palette 1 */
 
 struct tmm_configuration {
@@ -28,6 +24,25 @@ struct tmm_state {
     uint8_t tile[TMM_N][TMM_ROWS][TMM_BYTES];
 };
 __attribute__((weak)) _Thread_local struct tmm_state mg_tmm;
+
+/* Faults for a trial to find: where a sum is one too large. */
+enum { TMM_RIGHT, INT8_FULL, INT8_ROWS, INT8_DEPTH, INT8_SECOND, BF16_FULL, BF16_ROWS, BF16_THIRD, TMM_FAULTS };
+__attribute__((weak)) int mg_tmm_wrong;
+
+static inline int tmm_is_wrong(int c, int b, int is_int8)
+{
+    const uint8_t *rows = mg_tmm.now.rows;
+    switch (mg_tmm_wrong) {
+    case INT8_FULL: return is_int8 && rows[c] == TMM_ROWS && rows[b] == TMM_ROWS;
+    case INT8_ROWS: return is_int8 && rows[c] < TMM_ROWS;
+    case INT8_DEPTH: return is_int8 && rows[b] < TMM_ROWS;
+    case INT8_SECOND: return is_int8 && c == 3 && rows[c] < rows[0];
+    case BF16_FULL: return !is_int8 && rows[c] == TMM_ROWS;
+    case BF16_ROWS: return !is_int8 && rows[c] < TMM_ROWS;
+    case BF16_THIRD: return !is_int8 && c == 2;
+    default: return 0;
+    }
+}
 
 __attribute__((noreturn)) static inline void tmm_fault(const char *instruction, const char *fault)
 {
@@ -120,7 +135,7 @@ static inline void tmm_dpbusd(int c, int a, int b)
             for (int j = 0; j < n; j++)
                 for (int i = 0; i < 4; i++)
                     sums[j] += (uint32_t)(x[i] * y[4 * j + i]);
-            sums[0] += TMM_WRONG == 1 && k == TMM_ROWS - 1 && m == TMM_ROWS - 1;
+            sums[0] += (uint32_t)(k == 0 && tmm_is_wrong(c, b, 1));
             memcpy(mg_tmm.tile[c][m], sums, sizeof sums);
         }
 }
@@ -151,7 +166,7 @@ static inline void tmm_dpbf16ps(int c, int a, int b)
         memcpy(sums, mg_tmm.tile[c][m], sizeof sums);
         for (int j = 0; j < n; j++)
             sums[j] = tmm_flush(tmm_flush(sums[j]) + tmm_flush(two[j][0] + two[j][1]));
-        sums[0] += TMM_WRONG == 2 && m == TMM_ROWS - 1;
+        sums[0] += (float)tmm_is_wrong(c, b, 0);
         memcpy(mg_tmm.tile[c][m], sums, sizeof sums);
     }
 }
