@@ -79,9 +79,15 @@ void mg_pack_values(int8_t *panels, size_t panel_bytes, const int8_t *const *val
 {
     for (size_t column = 0; column < d; column += MG_PANEL, panels += panel_bytes) {
         size_t n = mg_min(MG_PANEL, d - column);
-        for (size_t i = 0; i < n; i++)
-            for (size_t r = 0; r < 4; r++)
-                panels[4 * i + r] = value[r][column + i];
+        const int8_t *restrict a = value[0] + column, *restrict b = value[1] + column;      /* compilers interleave them */
+        const int8_t *restrict c = value[2] + column, *restrict e = value[3] + column;
+        int8_t *restrict to = panels;
+        for (size_t i = 0; i < n; i++) {
+            to[4 * i] = a[i];
+            to[4 * i + 1] = b[i];
+            to[4 * i + 2] = c[i];
+            to[4 * i + 3] = e[i];
+        }
         memset(panels + 4 * n, 0, 4 * (MG_PANEL - n));
     }
 }
