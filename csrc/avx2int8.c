@@ -194,15 +194,21 @@ MG_INLINE TARGET __m256 largest_of(__m256 x)
     return _mm256_max_ps(x, _mm256_shuffle_ps(x, x, 0xb1));
 }
 
-TARGET static float weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
-                               float scale, float *top)
+/* whole: n is MG_WEIGHED, and nothing has to be masked. */
+MG_INLINE TARGET float weigh_vectors(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
+                                     float scale, float *top, const int whole)
 {
     float x[MG_WEIGHED], sum = 0.0f, lanes[LANES];
     __m256 tops = _mm256_set1_ps(MG_LOWEST), sums = _mm256_setzero_ps(), unit = _mm256_set1_ps(scale);
     for (size_t j = 0; j < n; j += LANES) {
-        __m256i mask = mask_of(n - j), number = read_scores(scores + j / MG_PANEL * stride + j % MG_PANEL);
-        __m256 score = _mm256_mul_ps(_mm256_cvtepi32_ps(number), _mm256_maskload_ps(key_scale + j, mask));
-        score = _mm256_blendv_ps(_mm256_set1_ps(MG_LOWEST), score, _mm256_castsi256_ps(mask));
+        __m256 number = _mm256_cvtepi32_ps(read_scores(scores + j / MG_PANEL * stride + j % MG_PANEL)), score;
+        if (whole) {
+            score = _mm256_mul_ps(number, _mm256_loadu_ps(key_scale + j));
+        } else {
+            __m256i mask = mask_of(n - j);
+            score = _mm256_mul_ps(number, _mm256_maskload_ps(key_scale + j, mask));
+            score = _mm256_blendv_ps(_mm256_set1_ps(MG_LOWEST), score, _mm256_castsi256_ps(mask));
+        }
         tops = _mm256_max_ps(tops, score);
         _mm256_storeu_ps(x + j, score);
     }
@@ -211,16 +217,27 @@ TARGET static float weigh_some(uint8_t *p, const int32_t *scores, size_t stride,
     for (size_t j = 0; j < n; j += LANES) {
         __m256 e = exp2_of(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + j), tops), unit));
         e = _mm256_mul_ps(e, _mm256_set1_ps(255.0f));
-        sums = _mm256_add_ps(sums, _mm256_and_ps(e, _mm256_castsi256_ps(mask_of(n - j))));
+        sums = _mm256_add_ps(sums, whole ? e : _mm256_and_ps(e, _mm256_castsi256_ps(mask_of(n - j))));
         __m256i steps = _mm256_cvtps_epi32(e);
         __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(steps), _mm256_extracti128_si256(steps, 1));
         __m128i eight = _mm_packus_epi16(half, half);
-        memcpy(p + j, &eight, mg_min(LANES, n - j));
+        if (whole)
+            _mm_storel_epi64((__m128i *)(p + j), eight);
+        else
+            memcpy(p + j, &eight, mg_min(LANES, n - j));
     }
     _mm256_storeu_ps(lanes, sums);
     for (size_t l = 0; l < LANES; l++)
         sum += lanes[l];
     return sum;
+}
+
+TARGET static float weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
+                               float scale, float *top)
+{
+    if (n == MG_WEIGHED)
+        return weigh_vectors(p, scores, stride, key_scale, MG_WEIGHED, scale, top, 1);
+    return weigh_vectors(p, scores, stride, key_scale, n, scale, top, 0);
 }
 
 /* ---- rows: few queries ---- */
