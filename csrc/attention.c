@@ -144,7 +144,8 @@ static void attend_range(void *context, size_t task, size_t worker)
     size_t seen[MAX_QUERIES];
     struct mg_attention_range range = {
         .top = job->top + at, .sum = job->sum + at, .o = job->o + at * job->d, .q = q, .seen = seen,
-        .k = mg_held_at(job->k, batch * job->k_batch, job->held), .v = mg_held_at(job->v, batch * job->v_batch, job->held),
+        .k = mg_held_at(job->k, batch * job->k_batch, job->held),
+        .v = mg_held_at(job->v, batch * job->v_batch, job->held),
         .k_scale = scale_of(job, job->k_scale, batch), .v_scale = scale_of(job, job->v_scale, batch),
         .held = job->held, .k_row = job->k_row, .v_row = job->v_row, .first_key = first,
         .end_key = mg_min(first + RANGE_KEYS, job->t_k),

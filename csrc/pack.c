@@ -79,7 +79,7 @@ void mg_pack_values(int8_t *panels, size_t panel_bytes, const int8_t *const *val
 {
     for (size_t column = 0; column < d; column += MG_PANEL, panels += panel_bytes) {
         size_t n = mg_min(MG_PANEL, d - column);
-        const int8_t *restrict a = value[0] + column, *restrict b = value[1] + column;      /* compilers interleave them */
+        const int8_t *restrict a = value[0] + column, *restrict b = value[1] + column;  /* compilers interleave them */
         const int8_t *restrict c = value[2] + column, *restrict e = value[3] + column;
         int8_t *restrict to = panels;
         for (size_t i = 0; i < n; i++) {

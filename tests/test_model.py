@@ -109,6 +109,12 @@ def test_variable_context_takes_shorter_windows():
     close(Model({**metadata, "audio_context": "variable"}, tensors).encode(mel), Plain(metadata, tensors).encode(mel))
 
 
+@pytest.mark.parametrize("make", [lambda *model: model, quantize_dynamic])
+def test_a_batch_without_windows_is_refused(make):
+    with pytest.raises(ValueError, match=r"mel: expected shape \(B, 8, 40\), B at least 1, got \(0, 8, 40\)"):
+        Model(*make(*toy_model())).encode(inputs()[0][:0])
+
+
 def test_two_threads_and_a_forked_child_share_a_model():
     model = Model(*quantize_dynamic(*toy_model()))
     mel, tokens = inputs()
