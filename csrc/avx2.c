@@ -1,4 +1,5 @@
-/* AVX2 with FMA: the integer product, the epilogue and the row kernels; attention is in avx2attention.c. */
+/* AVX2 with FMA: the epilogue and the row kernels; the integer product is in avx2product.c, attention in
+   avx2attention.c. */
 #if defined(__x86_64__)
 #include "kernels.h"
 
@@ -7,70 +8,7 @@
 #include <string.h>
 
 #define TARGET __attribute__((target("avx2,fma")))
-enum { ROWS = 4, LANES = 8 };
-
-static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k)
-{
-    size_t k4 = mg_round_up(k, 4);
-    for (size_t r = 0; r < rows; r++) {
-        int8_t *row = packed + r * k4;
-        memcpy(row, a + r * k, k);
-        memset(row + k, 0, k4 - k);
-    }
-}
-
-/* A vector holds 8 columns of 4.  maddubs adds pairs of unsigned times signed, here |a| and w with the sign of a, in 16
-   bits: exact, since |a| <= 128, and |w| <= 127 (mg_pack_int8 takes no other) so that w can change its sign and
-   2 * 128 * 127 < 2^15. */
-MG_INLINE TARGET void dot_rows(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *start, size_t k4,
-                               const size_t rows, const size_t vectors)
-{
-    const __m256i ones = _mm256_set1_epi16(1);
-    for (size_t column = 0; column < MG_PANEL; column += LANES * vectors) {
-        __m256i c[ROWS][8];
-        MG_UNROLL
-        for (size_t r = 0; r < rows; r++) {
-            MG_UNROLL
-            for (size_t j = 0; j < vectors; j++)
-                c[r][j] = _mm256_loadu_si256((const __m256i *)(start + column + LANES * j));
-        }
-        for (size_t i = 0; i < k4; i += 4) {
-            __m256i w[8];
-            MG_UNROLL
-            for (size_t j = 0; j < vectors; j++)
-                w[j] = _mm256_loadu_si256((const __m256i *)(panel + i * MG_PANEL + 4 * column + 32 * j));
-            MG_UNROLL
-            for (size_t r = 0; r < rows; r++) {
-                int32_t four;
-                memcpy(&four, a + r * k4 + i, sizeof four);
-                __m256i x = _mm256_set1_epi32(four), size = _mm256_abs_epi8(x);
-                MG_UNROLL
-                for (size_t j = 0; j < vectors; j++) {
-                    __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(w[j], x));
-                    c[r][j] = _mm256_add_epi32(c[r][j], _mm256_madd_epi16(pairs, ones));
-                }
-            }
-        }
-        MG_UNROLL
-        for (size_t r = 0; r < rows; r++) {
-            MG_UNROLL
-            for (size_t j = 0; j < vectors; j++)
-                _mm256_storeu_si256((__m256i *)(acc + r * MG_PANEL + column + LANES * j), c[r][j]);
-        }
-    }
-}
-
-TARGET static void dot_panel(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
-                             size_t k)
-{
-    size_t k4 = mg_round_up(k, 4);
-    switch (rows) {
-    case 1: dot_rows(acc, a, panel, start, k4, 1, 8); break;
-    case 2: dot_rows(acc, a, panel, start, k4, 2, 4); break;
-    case 3: dot_rows(acc, a, panel, start, k4, 3, 4); break;
-    default: dot_rows(acc, a, panel, start, k4, ROWS, 4); break;
-    }
-}
+enum { LANES = 8 };
 
 MG_INLINE TARGET __m256i mask_of(size_t left)
 {
@@ -231,9 +169,11 @@ TARGET static void layer_norm_row(float *out, const float *x, const float *weigh
 
 const struct mg_kernels mg_avx2 = {
     .name = "avx2",
-    .max_rows = ROWS,
-    .pack_rows = pack_rows,
-    .dot_panel = dot_panel,
+    .max_rows = MG_AVX2_ROWS,
+    .takes_zero = 1,
+    .row_bytes = mg_avx2_row_bytes,
+    .pack_rows = mg_avx2_pack_rows,
+    .dot_panel = mg_avx2_dot_panel,
     .finish = finish,
     .quantize_row = quantize_row,
     .layer_norm_row = layer_norm_row,

@@ -1,5 +1,5 @@
-/* AVX2: attention in int8.  Products of bytes are made in 16 bits and added in pairs in 32 bits, which is exact for all
-   bytes; where two of them fit 16 bits together, in pairs there. */
+/* AVX2: attention in int8; its products of panels are in avx2product.c.  Products of bytes are made in 16 bits and added
+   in pairs in 32 bits, which is exact for all bytes. */
 #if defined(__x86_64__)
 #include "kernels.h"
 
@@ -7,99 +7,7 @@
 #include <string.h>
 
 #define TARGET __attribute__((target("avx2,fma")))
-enum { ROWS = 4, LANES = 8, VECTORS = 2 };
-
-/* ---- panels: many queries ---- */
-
-/* 8 columns at a time: a vector has 4 elements of 4 columns, its products 2 sums for each of them. */
-MG_INLINE TARGET void score_rows(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t k4,
-                                 const size_t rows)
-{
-    for (size_t column = 0; column < MG_PANEL; column += LANES) {
-        __m256i c[ROWS][2];
-        MG_UNROLL
-        for (size_t r = 0; r < rows; r++)
-            c[r][0] = c[r][1] = _mm256_setzero_si256();
-        for (size_t i = 0; i < k4; i += 4) {
-            const __m128i *w = (const __m128i *)(panel + i * MG_PANEL + 4 * column);
-            __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128(w)), high = _mm256_cvtepi8_epi16(_mm_loadu_si128(w + 1));
-            MG_UNROLL
-            for (size_t r = 0; r < rows; r++) {
-                int32_t four;
-                memcpy(&four, a + r * k4 + i, sizeof four);
-                __m256i x = _mm256_cvtepu8_epi16(_mm_set1_epi32(four));
-                c[r][0] = _mm256_add_epi32(c[r][0], _mm256_madd_epi16(x, low));
-                c[r][1] = _mm256_add_epi32(c[r][1], _mm256_madd_epi16(x, high));
-            }
-        }
-        __m256i from = _mm256_loadu_si256((const __m256i *)(start + column));
-        MG_UNROLL
-        for (size_t r = 0; r < rows; r++) {
-            __m256i sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c[r][0], c[r][1]), 0xd8);
-            _mm256_storeu_si256((__m256i *)(acc + r * MG_PANEL + column), _mm256_add_epi32(sums, from));
-        }
-    }
-}
-
-TARGET static void score_panel(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
-                               size_t k)
-{
-    size_t k4 = mg_round_up(k, 4);
-    switch (rows) {
-    case 1: score_rows(acc, a, panel, start, k4, 1); break;
-    case 2: score_rows(acc, a, panel, start, k4, 2); break;
-    case 3: score_rows(acc, a, panel, start, k4, 3); break;
-    default: score_rows(acc, a, panel, start, k4, ROWS); break;
-    }
-}
-
-/* A vector holds 8 columns of 4.  maddubs adds pairs of unsigned times signed in 16 bits: |p0 v0 + p1 v1| <= 256 * 128,
-   and 2^15 only where it is negative. */
-MG_INLINE TARGET void sum_rows(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t k4,
-                               const size_t rows)
-{
-    const __m256i ones = _mm256_set1_epi16(1);
-    for (size_t column = 0; column < MG_PANEL; column += LANES * VECTORS) {
-        __m256i c[ROWS][VECTORS];
-        MG_UNROLL
-        for (size_t r = 0; r < rows; r++) {
-            MG_UNROLL
-            for (size_t j = 0; j < VECTORS; j++)
-                c[r][j] = _mm256_loadu_si256((const __m256i *)(start + column + LANES * j));
-        }
-        for (size_t i = 0; i < k4; i += 4) {
-            const __m256i *w = (const __m256i *)(panel + i * MG_PANEL + 4 * column);
-            MG_UNROLL
-            for (size_t r = 0; r < rows; r++) {
-                int32_t four;
-                memcpy(&four, a + r * k4 + i, sizeof four);
-                MG_UNROLL
-                for (size_t j = 0; j < VECTORS; j++) {
-                    __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(four), _mm256_loadu_si256(w + j));
-                    c[r][j] = _mm256_add_epi32(c[r][j], _mm256_madd_epi16(pairs, ones));
-                }
-            }
-        }
-        MG_UNROLL
-        for (size_t r = 0; r < rows; r++) {
-            MG_UNROLL
-            for (size_t j = 0; j < VECTORS; j++)
-                _mm256_storeu_si256((__m256i *)(acc + r * MG_PANEL + column + LANES * j), c[r][j]);
-        }
-    }
-}
-
-TARGET static void sum_panel(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
-                             size_t k)
-{
-    size_t k4 = mg_round_up(k, 4);
-    switch (rows) {
-    case 1: sum_rows(acc, a, panel, start, k4, 1); break;
-    case 2: sum_rows(acc, a, panel, start, k4, 2); break;
-    case 3: sum_rows(acc, a, panel, start, k4, 3); break;
-    default: sum_rows(acc, a, panel, start, k4, ROWS); break;
-    }
-}
+enum { LANES = 8 };
 
 /* ---- softmax ---- */
 
@@ -303,8 +211,9 @@ TARGET static void sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, s
 
 const struct mg_int8_attention mg_avx2_int8 = {
     .few_queries = 6,
-    .score_panel = score_panel,
-    .sum_panel = sum_panel,
+    .score_panel = mg_avx2_score_panel,
+    .sum_panel = mg_avx2_sum_panel,
+    .value_panel = mg_avx2_sum_panel,
     .score_keys = score_keys,
     .weigh = weigh,
     .weigh_some = weigh_some,

@@ -220,6 +220,7 @@ const struct mg_int8_attention mg_avx512_int8 = {
     .few_queries = 8,
     .score_panel = dot_bytes,
     .sum_panel = dot_bytes,
+    .value_panel = dot_bytes,
     .score_keys = mg_avx512_score_keys,
     .weigh = mg_avx512_weigh,
     .weigh_some = mg_avx512_weigh_some,

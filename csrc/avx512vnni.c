@@ -10,8 +10,9 @@
 enum { ROWS = 6, VECTORS = MG_PANEL / 16, OFFSET = 128 };    /* 6 rows * 4 vectors of sums fill 24 of 32 registers */
 
 /* dpbusd multiplies unsigned by signed: a is offset by OFFSET. */
-TARGET void mg_avx512_pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k)
+TARGET void mg_avx512_pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k, int zero)
 {
+    (void)zero;
     const __m512i offset = _mm512_set1_epi8(-128);     /* exclusive or with it adds OFFSET */
     size_t k4 = mg_round_up(k, 4);
     for (size_t r = 0; r < rows; r++) {

@@ -90,28 +90,37 @@ static void quantize_some(const struct product *p, const float *x, size_t row, s
         p->row_scale[r] = p->kernels->quantize_row(p->rows + r * p->n, x, p->n);
 }
 
+/* Of a worker. */
+struct room {
+    size_t packed;              /* the row after the first of those in a; 0: none */
+    _Alignas(64) int32_t acc[]; /* (max_rows, MG_PANEL); then a, the packed rows of a tile; then floats for its rows */
+};
+
 static void product_tile(void *context, size_t i, size_t worker)
 {
     struct product own = *(const struct product *)context, *p = &own;
     const struct mg_kernels *kernels = p->kernels;
-    size_t k4 = mg_round_up(p->k, 4), row0 = i / p->column_tiles * p->tile_rows;
+    size_t k4 = mg_round_up(p->k, 4), a_row = mg_row_bytes(kernels, p->k), row0 = i / p->column_tiles * p->tile_rows;
     size_t rows = mg_min(p->tile_rows, p->m - row0);
     size_t panel0 = i % p->column_tiles * p->tile_panels;
     size_t panel1 = mg_min(panel0 + p->tile_panels, mg_round_up(p->n, MG_PANEL) / MG_PANEL);
-    int32_t *acc = mg_scratch_of(&p->scratch, worker);
+    struct room *room = mg_scratch_of(&p->scratch, worker);
+    int32_t *acc = room->acc;
     int8_t *a = (int8_t *)(acc + kernels->max_rows * MG_PANEL);
     if (p->rows != NULL) {
-        p->out.x = (float *)(a + mg_round_up(p->tile_rows * k4, 64));
+        p->out.x = (float *)(a + mg_round_up(p->tile_rows * a_row, 64));
         p->out_row = row0;
     }
-    kernels->pack_rows(a, p->a + row0 * p->k, rows, p->k);
+    if (room->packed != row0 + 1)
+        kernels->pack_rows(a, p->a + row0 * p->k, rows, p->k, p->a_zero);
+    room->packed = row0 + 1;
     for (size_t panel = panel0; panel < panel1; panel++) {
         int32_t start[MG_PANEL];
         for (size_t j = 0; j < MG_PANEL; j++)
-            start[j] = -(kernels->offset + p->a_zero) * p->sums[panel * MG_PANEL + j];
+            start[j] = -(kernels->takes_zero ? 0 : kernels->offset + p->a_zero) * p->sums[panel * MG_PANEL + j];
         for (size_t r = 0; r < rows; r += kernels->max_rows) {
             size_t some = mg_min(kernels->max_rows, rows - r);
-            kernels->dot_panel(acc, a + r * k4, p->panels + panel * MG_PANEL * k4, start, some, p->k);
+            kernels->dot_panel(acc, a + r * a_row, p->panels + panel * MG_PANEL * k4, start, some, p->k);
             store_tile(p, acc, row0 + r, some, panel * MG_PANEL);
         }
     }
@@ -141,11 +150,14 @@ static enum mg_status run_product(struct product *p, const int8_t *packed)
     p->tile_panels = tile_panels(p, row_tiles, panels);
     p->column_tiles = (panels + p->tile_panels - 1) / p->tile_panels;
     size_t n_tasks = row_tiles * p->column_tiles;
-    size_t bytes = p->kernels->max_rows * MG_PANEL * sizeof(int32_t) + mg_round_up(p->tile_rows * k4, 64);
+    size_t bytes = sizeof(struct room) + p->kernels->max_rows * MG_PANEL * sizeof(int32_t);
+    bytes += mg_round_up(p->tile_rows * mg_row_bytes(p->kernels, p->k), 64);
     if (p->rows != NULL)
         bytes += p->tile_rows * p->n * sizeof(float);
     if (!mg_get_scratch(&p->scratch, bytes, n_tasks))
         return MG_NO_MEMORY;
+    for (size_t worker = 0; worker < p->scratch.n_workers; worker++)
+        *(struct room *)mg_scratch_of(&p->scratch, worker) = (struct room){0};
     mg_run(product_tile, p, n_tasks, p->scratch.n_workers);
     mg_free_scratch(&p->scratch);
     return MG_OK;

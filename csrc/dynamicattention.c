@@ -154,16 +154,18 @@ static void pack_some(void *context, size_t task, size_t worker)
 struct room {
     int32_t *scores, *acc;      /* (BLOCK / MG_PANEL, rows, MG_PANEL), (rows, MG_PANEL) */
     float *o;                   /* (rows, wide) */
-    int8_t *q, *steps;          /* (rows, d), rounded up to 4, as dot_panel reads them; (d), as they come */
+    int8_t *q, *steps;          /* (rows), as dot_panel reads them; (d), as they come */
     uint8_t *p;                 /* (rows, keys of a block), rounded up to 4 */
     size_t *seen;               /* and of each row: keys, and the numbers of the softmax */
     float *scale, *top, *sum, *keep, *add;
 };
 
+static size_t q_bytes(const struct attention *job) { return mg_row_bytes(job->kernels, job->call->d); }
+
 static size_t room_bytes(const struct attention *job)
 {
     size_t numbers = BLOCK + MG_PANEL + job->wide + 5;
-    size_t bytes = job->kernels->max_rows * (numbers * sizeof(float) + sizeof(size_t) + job->wide + BLOCK);
+    size_t bytes = job->kernels->max_rows * (numbers * sizeof(float) + sizeof(size_t) + q_bytes(job) + BLOCK);
     return mg_max(bytes + job->wide, job->wide * (2 * sizeof(float) + 4));      /* of pack_keys and pack_block */
 }
 
@@ -180,7 +182,7 @@ static struct room room_of(const struct attention *job, size_t worker)
     room.keep = room.sum + rows;
     room.add = room.keep + rows;
     room.q = (int8_t *)(room.add + rows);
-    room.steps = room.q + rows * job->wide;
+    room.steps = room.q + rows * q_bytes(job);
     room.p = (uint8_t *)room.steps + job->wide;
     return room;
 }
@@ -202,7 +204,7 @@ static void load_queries(const struct attention *job, const struct room *room, s
     for (size_t r = 0; r < rows; r++) {
         size_t t = (index + r) % c->t_q;
         room->scale[r] = unit * job->kernels->quantize_row(room->steps, query_of(c, index + r, head), c->d);
-        job->kernels->pack_rows(room->q + r * mg_round_up(c->d, 4), room->steps, 1, c->d);
+        job->kernels->pack_rows(room->q + r * q_bytes(job), room->steps, 1, c->d, 0);
         room->seen[r] = c->causal ? t + 1 + c->t_k - c->t_q : c->t_k;
         room->top[r] = MG_LOWEST;
         room->sum[r] = 0.0f;
@@ -243,7 +245,7 @@ static void add_values(const struct attention *job, const struct room *room, con
             o[i] *= keep;
     }
     for (size_t i = 0; i < job->wide; i += MG_PANEL) {
-        job->kernels->int8->score_panel(room->acc, room->p, values + i * BLOCK, zeros, rows, n);
+        job->kernels->int8->value_panel(room->acc, room->p, values + i * BLOCK, zeros, rows, n);
         struct mg_finish_tile t = {.row = {.out = {.x = room->o + i}, .x = {.acc = room->acc},
                                            .residual = {.x = room->o + i}, .factor = scale + i},
                                    .scale = room->add, .scale_step = 1, .stride = job->wide, .rows = rows};

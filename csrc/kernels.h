@@ -116,10 +116,13 @@ struct mg_int8_attention {
     size_t few_queries;
 
     /* dot_panel for a in uint8 and weights that may be -128; a (rows,k) with rows k rounded up to 4 apart.  sum_panel:
-       of probabilities, of which any two in a row add up to at most 256. */
+       of probabilities, of which any two in a row add up to at most 256.  value_panel: of any, most of which are small,
+       and at most MG_WEIGHED. */
     void (*score_panel)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
                         size_t k);
     void (*sum_panel)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows, size_t k);
+    void (*value_panel)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
+                        size_t k);
 
     /* scores[j] = sum_i (q[i] - zero) * k[j][i] for n keys; scores has room for n rounded up to MG_PANEL. */
     void (*score_keys)(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
@@ -154,12 +157,15 @@ extern const struct mg_rows mg_portable_rows;
 struct mg_kernels {
     const char *name;
 
-    /* Integer product.  pack_rows copies rows of a (rows,k), one after the other, in the form that dot_panel reads:
-       plus offset, k rounded up to 4.  dot_panel makes acc (rows, MG_PANEL) = start + (a + offset) w^T of rows <= max_rows
-       of them and one packed panel; start (MG_PANEL) takes what the offset adds away again. */
+    /* Integer product.  pack_rows copies rows of a (rows,k), one after the other, in the form that dot_panel reads, each
+       of row_bytes(k): if that is NULL, the bytes, k rounded up to 4.  dot_panel makes acc (rows, MG_PANEL) =
+       start + (a + offset) w^T of rows <= max_rows of them and one packed panel, or, if takes_zero,
+       start + (a - zero) w^T; start (MG_PANEL) takes what the offset adds, or the zero-point, away again. */
     size_t max_rows;
     int32_t offset;
-    void (*pack_rows)(int8_t *packed, const int8_t *a, size_t rows, size_t k);
+    int takes_zero;
+    size_t (*row_bytes)(size_t k);
+    void (*pack_rows)(int8_t *packed, const int8_t *a, size_t rows, size_t k, int zero);
     void (*dot_panel)(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *start, size_t rows, size_t k);
 
     void (*finish)(const struct mg_finish *f, size_t n);
@@ -192,6 +198,14 @@ extern const struct mg_rows mg_avx2_rows;
 extern const struct mg_rows mg_avx512_rows;
 extern const struct mg_int8_attention mg_avx2_int8;
 extern const struct mg_int8_attention mg_avx512_int8;
+enum { MG_AVX2_ROWS = 4 };
+size_t mg_avx2_row_bytes(size_t k);
+void mg_avx2_pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k, int zero);
+void mg_avx2_dot_panel(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *start, size_t rows, size_t k);
+void mg_avx2_score_panel(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
+                         size_t k);
+void mg_avx2_sum_panel(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
+                       size_t k);
 size_t mg_avx2_attend_floats(size_t d);
 void mg_avx2_attend(const struct mg_attention_block *block, float *scratch);
 void mg_avx2_attend_range(const struct mg_attention_range *range);
@@ -202,7 +216,7 @@ size_t mg_avx2_attend_backward_floats(size_t d);
 void mg_avx2_attend_backward(const struct mg_attention_head *head, float *scratch);
 size_t mg_avx512_attend_backward_floats(size_t d);
 void mg_avx512_attend_backward(const struct mg_attention_head *head, float *scratch);
-void mg_avx512_pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k);
+void mg_avx512_pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k, int zero);
 void mg_avx512_finish(const struct mg_finish *f, size_t n);
 void mg_avx512_finish_tile(const struct mg_finish_tile *t);
 float mg_avx512_quantize_row(int8_t *q, const float *x, size_t n);
@@ -378,5 +392,9 @@ MG_INLINE int mg_is_grid(const struct mg_tensor *t) { return t->scale > 0.0f && 
 MG_INLINE size_t mg_round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 MG_INLINE size_t mg_min(size_t a, size_t b) { return a < b ? a : b; }
 MG_INLINE size_t mg_max(size_t a, size_t b) { return a > b ? a : b; }
+MG_INLINE size_t mg_row_bytes(const struct mg_kernels *kernels, size_t k)
+{
+    return kernels->row_bytes != NULL ? kernels->row_bytes(k) : mg_round_up(k, 4);
+}
 
 #endif

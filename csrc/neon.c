@@ -10,9 +10,9 @@
 
 enum { ROWS = 4, DOT_ROWS = 6, LANES = 8 };
 
-static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k)
+static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k, int zero)
 {
-    mg_portable.pack_rows(packed, a, rows, k);
+    mg_portable.pack_rows(packed, a, rows, k, zero);
 }
 
 /* 4 elements of a row, for each of 4 columns. */

@@ -13,8 +13,9 @@ typedef int16_t shorts __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(16)));
 typedef uint32_t bits __attribute__((vector_size(16)));
 
-static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k)
+static void pack_rows(int8_t *packed, const int8_t *a, size_t rows, size_t k, int zero)
 {
+    (void)zero;
     size_t k4 = mg_round_up(k, 4);
     for (size_t r = 0; r < rows; r++) {
         int8_t *row = packed + r * k4;

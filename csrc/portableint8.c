@@ -120,6 +120,7 @@ const struct mg_int8_attention mg_portable_int8 = {
     .few_queries = SIZE_MAX,    /* panels are no faster */
     .score_panel = score_panel,
     .sum_panel = score_panel,
+    .value_panel = score_panel,
     .score_keys = score_keys,
     .weigh = weigh,
     .weigh_some = weigh_some,

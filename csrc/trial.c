@@ -30,7 +30,7 @@ static void multiply(struct trial *t, int32_t *acc, const struct mg_kernels *ker
     const int32_t *sums = (const int32_t *)(t->packed + MG_PANEL * k4);
     for (size_t j = 0; j < MG_PANEL; j++)
         t->start[j] = 1000 * (int32_t)j - kernels->offset * sums[j];
-    kernels->pack_rows(t->form, t->a, rows, k);
+    kernels->pack_rows(t->form, t->a, rows, k, 0);
     for (size_t r = 0; r < rows; r += kernels->max_rows)
         kernels->dot_panel(acc + r * MG_PANEL, t->form + r * k4, t->packed, t->start,
                            mg_min(kernels->max_rows, rows - r), k);

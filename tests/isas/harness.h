@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-enum fill { RANDOM, LOW, HIGH, ZERO_ROW, FILLS };
+enum fill { RANDOM, LOW, HIGH, ZERO_ROW, SMALL, FILLS };   /* SMALL: 31 to 33, of one sign for 8, a few any */
 
 enum { N_SIZES = 14, N_SMALL = N_SIZES - 2 };
 static const size_t SIZES[N_SIZES] = {1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 384, 1536};

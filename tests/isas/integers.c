@@ -32,64 +32,88 @@ static int8_t *panel_of(int room, const int8_t *w, size_t k)
     return panel;
 }
 
-static void check_dot_panel(size_t rows, size_t k, enum fill fill, enum fill of_w)
+static void check_dot_panel(size_t rows, size_t k, enum fill fill, enum fill of_w, int zero)
 {
     static int32_t wanted[64 * MG_PANEL];
     const int8_t *a = bytes(0, rows, k, fill, -128), *w = bytes(1, MG_PANEL, k, of_w, -127), *panel = panel_of(2, w, k);
     int32_t *start = array(3, MG_PANEL * sizeof *start), plain[MG_PANEL];
-    int8_t *packed = output(4, rows * mg_round_up(k, 4));
+    int8_t *packed = output(4, rows * mg_row_bytes(isa, k));
     int32_t *acc = output(5, rows * MG_PANEL * sizeof *acc);
     for (size_t j = 0; j < MG_PANEL; j++) {
         start[j] = plain[j] = (int32_t)(bits() % 2000) - 1000;
         for (size_t i = 0; i < k; i++)
-            start[j] -= isa->offset * w[j * k + i];
+            start[j] -= (isa->takes_zero ? 0 : isa->offset + zero) * w[j * k + i];
     }
-    isa->pack_rows(packed, a, rows, k);
+    isa->pack_rows(packed, a, rows, k, zero);
     intact(packed);
     isa->dot_panel(acc, packed, panel, start, rows, k);
-    formula(wanted, a, 0, w, plain, rows, k);
+    formula(wanted, a, -zero, w, plain, rows, k);
     equal(acc, wanted, rows * MG_PANEL, "rows, k", rows, k);
 }
 
-static void check_int8_panel(int of_sums, size_t rows, size_t k, enum fill fill)
+enum panel { SCORE, SUM, VALUE };
+
+/* An element of a (rows,k) that is small enough, as an unsigned one less 128. */
+static int8_t probability(enum panel panel, enum fill fill, int8_t any, size_t i, size_t k)
+{
+    if (panel == SUM)           /* two add up to at most 256: 128 each, or 255 and 1 */
+        return (int8_t)(fill == LOW ? 0 : fill == HIGH ? (i % k == k / 2 ? 127 : -127) : (int)(bits() % 129) - 128);
+    if (panel == VALUE && fill != LOW)  /* four about 256, or any; LOW: 255 each */
+        return fill == HIGH || bits() % 16 != 0 ? (int8_t)(64 + (int)(bits() % 2) - 128) : any;
+    return panel == VALUE ? 127 : any;
+}
+
+static void check_int8_panel(enum panel which, size_t rows, size_t k, enum fill fill, enum fill of_w)
 {
     static int32_t wanted[64 * MG_PANEL];
     const size_t k4 = mg_round_up(k, 4);
-    int8_t *a = bytes(0, rows, k, fill, -128), *w = bytes(1, MG_PANEL, k, fill, -128), *panel = panel_of(2, w, k);
+    int8_t *a = bytes(0, rows, k, fill, -128), *w = bytes(1, MG_PANEL, k, of_w, -128), *panel = panel_of(2, w, k);
     int32_t *start = array(3, MG_PANEL * sizeof *start), *acc = output(5, rows * MG_PANEL * sizeof *acc);
     uint8_t *p = array(4, rows * k4);
     memset(p, 0, rows * k4);
     for (size_t i = 0; i < rows * k; i++) {
-        if (of_sums && fill == LOW)         /* two add up to at most 256: 128 each, or 255 and 1 */
-            a[i] = 0;
-        else if (of_sums)
-            a[i] = (int8_t)(fill == HIGH ? (i % k == k / 2 ? 127 : -127) : (int)(bits() % 129) - 128);
+        a[i] = probability(which, fill, a[i], i, k);
         p[i / k * k4 + i % k] = (uint8_t)(a[i] + 128);
     }
     for (size_t j = 0; j < MG_PANEL; j++)
         start[j] = (int32_t)(bits() % 2000) - 1000;
-    (of_sums ? isa->int8->sum_panel : isa->int8->score_panel)(acc, p, panel, start, rows, k);
+    const struct mg_int8_attention *int8 = isa->int8;
+    (which == SCORE ? int8->score_panel : which == SUM ? int8->sum_panel : int8->value_panel)
+        (acc, p, panel, start, rows, k);
     formula(wanted, a, 128, w, start, rows, k);
     equal(acc, wanted, rows * MG_PANEL, "rows, k", rows, k);
 }
 
+static void check_products(enum panel which)
+{
+    static const char *const names[] = {"score_panel", "sum_panel", "value_panel"};
+    start_of(names[which]);
+    for (size_t rows = 1; rows <= isa->max_rows; rows++)
+        for (size_t s = 0; s < N_SIZES; s++)
+            for (enum fill fill = 0; fill < FILLS; fill++) {
+                size_t k = which == VALUE ? mg_min(SIZES[s], MG_WEIGHED) : SIZES[s];
+                check_int8_panel(which, rows, k, fill, fill);
+                check_int8_panel(which, rows, k, fill, LOW);
+            }
+    if (which != VALUE)
+        check_int8_panel(which, 4, MG_MAX_ATTENTION, LOW, LOW);
+}
+
 void check_panels(void)
 {
+    static const int zeros[4] = {0, -128, 127, 33};
     start_of("dot_panel, pack_rows");
     for (size_t rows = 1; rows <= isa->max_rows; rows++)
         for (size_t s = 0; s < N_SIZES; s++)
             for (enum fill fill = 0; fill < FILLS; fill++)
-                check_dot_panel(rows, SIZES[s], fill, fill == HIGH ? LOW : fill);
-    for (enum fill of_w = LOW; of_w <= HIGH; of_w++)
-        check_dot_panel(4, MG_MAX_K, LOW, of_w);
-    for (int of_sums = 0; of_sums < 2; of_sums++) {
-        start_of(of_sums ? "sum_panel" : "score_panel");
-        for (size_t rows = 1; rows <= isa->max_rows; rows++)
-            for (size_t s = 0; s < N_SIZES; s++)
-                for (enum fill fill = 0; fill < FILLS; fill++)
-                    check_int8_panel(of_sums, rows, SIZES[s], fill);
-        check_int8_panel(of_sums, 4, MG_MAX_ATTENTION, LOW);
+                for (enum fill of_w = 0; of_w < FILLS; of_w++)
+                    check_dot_panel(rows, SIZES[s], fill, of_w, zeros[bits() % 4]);
+    for (enum fill of_w = LOW; of_w <= HIGH; of_w++) {
+        check_dot_panel(4, MG_MAX_K, LOW, of_w, 0);
+        check_dot_panel(4, MG_MAX_STATIC_K, LOW, of_w, 127);
     }
+    for (enum panel which = SCORE; which <= VALUE; which++)
+        check_products(which);
 }
 
 static void check_score_keys(size_t n, size_t d, enum fill fill, int32_t zero)

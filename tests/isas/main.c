@@ -88,6 +88,8 @@ int8_t *bytes(int room, size_t rows, size_t k, enum fill fill, int lowest)
     int8_t *x = array(room, rows * k);
     for (size_t i = 0; i < rows * k; i++) {
         int any = (int)(bits() % (unsigned)(128 - lowest)) + lowest;
+        if (fill == SMALL && bits() % 32 != 0)
+            any = ((i / 8) % 2 == 0 ? 1 : -1) * (31 + (int)(bits() % 3));
         x[i] = (int8_t)(fill == LOW ? lowest : fill == HIGH ? 127 : fill == ZERO_ROW && i / k == rows / 2 ? 0 : any);
     }
     return x;
