@@ -330,34 +330,7 @@ MG_INLINE TARGET void add_some(float *o, float scale, const float *p, const void
     }
 }
 
-MG_INLINE TARGET void attend_range(const struct mg_attention_range *r, const enum mg_held held)
-{
-    float unit = (float)(MG_LOG2_E / sqrt((double)r->d)), p[SOME_KEYS];
-    for (size_t i = 0; i < r->n_query * r->n_head; i++) {
-        r->top[i] = MG_LOWEST;
-        r->sum[i] = 0.0f;
-    }
-    memset(r->o, 0, r->n_query * r->n_head * r->d * sizeof *r->o);
-    for (size_t key = r->first_key; key < r->end_key; key += SOME_KEYS)
-        for (size_t head = 0; head < r->n_head; head++) {
-            const float *k_scale = held == MG_HELD_INT8 ? r->k_scale + key : NULL;
-            const float *v_scale = held == MG_HELD_INT8 ? r->v_scale + key : NULL;
-            const void *k = mg_held_at(r->k, key * r->k_row + head * r->d, held);
-            const void *v = mg_held_at(r->v, key * r->v_row + head * r->d, held);
-            for (size_t l = 0; l < r->n_query; l++) {
-                size_t end = mg_min(r->end_key, r->seen[l]), at = l * r->n_head + head;
-                if (end <= key)
-                    continue;
-                size_t n = mg_min(SOME_KEYS, end - key);
-                const float *q = r->q[l] + head * r->d;
-                float before = r->top[at], scale;
-                r->top[at] = fmaxf(before, score_some(p, q, k, r->k_row, k_scale, n, r->d, unit, held));
-                scale = exp2f(before - r->top[at]);
-                r->sum[at] = r->sum[at] * scale + weigh_some(p, r->top[at], v_scale, n, held);
-                add_some(r->o + at * r->d, scale, p, v, r->v_row, n, r->d, held);
-            }
-        }
-}
+#include "rangeloop.h"
 
 TARGET void mg_avx512_attend_range(const struct mg_attention_range *r)
 {

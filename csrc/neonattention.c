@@ -234,9 +234,12 @@ MG_INLINE void key_step(float32x4_t *c, const float *q, const float *key, size_t
 
 /* p[j] = q . key[j], times unit, for n <= SOME_KEYS keys; -> their maximum.  Elements that do not fill a vector are
    added one by one. */
-static float score_some(float *p, const float *q, const float *key, size_t k_row, size_t n, size_t d, float unit)
+static float score_some(float *p, const float *q, const void *keys, size_t k_row, const float *scale, size_t n, size_t d,
+                        float unit, enum mg_held held)
 {
+    const float *key = keys;
     float top = MG_LOWEST;
+    (void)scale, (void)held;    /* floats, see reads_narrow */
     for (size_t j = 0; j < n; j += ROWS) {
         const float *at = key + j * k_row;
         float32x4_t c[ROWS];
@@ -262,9 +265,10 @@ static float score_some(float *p, const float *q, const float *key, size_t k_row
 }
 
 /* p[j] = 2^(p[j] - top) -> their sum */
-static float weigh_some(float *p, float top, size_t n)
+static float weigh_some(float *p, float top, const float *scale, size_t n, enum mg_held held)
 {
     float sum = 0.0f;
+    (void)scale, (void)held;
     for (size_t j = 0; j < n; j += LANES)
         vst1q_f32(p + j, exp2_of(vsubq_f32(vld1q_f32(p + j), vdupq_n_f32(top))));
     for (size_t j = 0; j < n; j++)
@@ -290,9 +294,12 @@ MG_INLINE void add_step(float *o, float scale, const float *p, const float *valu
         vst1q_f32(o + v * LANES, c[v]);
 }
 
-static void add_some(float *o, float scale, const float *p, const float *value, size_t v_row, size_t n, size_t d)
+static void add_some(float *o, float scale, const float *p, const void *values, size_t v_row, size_t n, size_t d,
+                     enum mg_held held)
 {
+    const float *value = values;
     size_t i = 0;
+    (void)held;
     for (; i + 16 * LANES <= d; i += 16 * LANES)
         add_step(o + i, scale, p, value + i, v_row, n, 16);
     for (; i + 4 * LANES <= d; i += 4 * LANES)
@@ -306,29 +313,8 @@ static void add_some(float *o, float scale, const float *p, const float *value, 
     }
 }
 
-void mg_neon_attend_range(const struct mg_attention_range *r)
-{
-    float unit = (float)(MG_LOG2_E / sqrt((double)r->d)), p[SOME_KEYS] = {0};
-    for (size_t i = 0; i < r->n_query * r->n_head; i++) {
-        r->top[i] = MG_LOWEST;
-        r->sum[i] = 0.0f;
-    }
-    memset(r->o, 0, r->n_query * r->n_head * r->d * sizeof *r->o);
-    for (size_t key = r->first_key; key < r->end_key; key += SOME_KEYS)
-        for (size_t head = 0; head < r->n_head; head++) {
-            const float *k = (const float *)r->k + key * r->k_row + head * r->d;
-            const float *v = (const float *)r->v + key * r->v_row + head * r->d;
-            for (size_t l = 0; l < r->n_query; l++) {
-                size_t end = mg_min(r->end_key, r->seen[l]), at = l * r->n_head + head;
-                if (end <= key)
-                    continue;
-                size_t n = mg_min(SOME_KEYS, end - key);
-                float before = r->top[at], scale;
-                r->top[at] = fmaxf(before, score_some(p, r->q[l] + head * r->d, k, r->k_row, n, r->d, unit));
-                scale = exp2f(before - r->top[at]);
-                r->sum[at] = r->sum[at] * scale + weigh_some(p, r->top[at], n);
-                add_some(r->o + at * r->d, scale, p, v, r->v_row, n, r->d);
-            }
-        }
-}
+#define TARGET
+#include "rangeloop.h"
+
+void mg_neon_attend_range(const struct mg_attention_range *r) { attend_range(r, MG_HELD_FLOAT); }
 #endif
