@@ -115,9 +115,9 @@ struct mg_int8_attention {
     /* For more queries than this that share their keys, staticattention.c makes products of packed panels. */
     size_t few_queries;
 
-    /* dot_panel for a in uint8 and weights that may be -128; a (rows,k) with rows k rounded up to 4 apart.  sum_panel:
-       of probabilities, of which any two in a row add up to at most 256.  value_panel: of any, most of which are small,
-       and at most MG_WEIGHED. */
+    /* dot_panel for a in uint8 and weights that may be -128; a (rows,k) with rows k rounded up to 4 apart, 0 beyond k,
+       where the panel may hold anything.  sum_panel: of probabilities, of which any two in a row add up to at most 256.
+       value_panel: of any, k <= MG_WEIGHED; fast where most are small. */
     void (*score_panel)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
                         size_t k);
     void (*sum_panel)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows, size_t k);
@@ -159,8 +159,8 @@ struct mg_kernels {
 
     /* Integer product.  pack_rows copies rows of a (rows,k), one after the other, in the form that dot_panel reads, each
        of row_bytes(k): if that is NULL, the bytes, k rounded up to 4.  dot_panel makes acc (rows, MG_PANEL) =
-       start + (a + offset) w^T of rows <= max_rows of them and one packed panel, or, if takes_zero,
-       start + (a - zero) w^T; start (MG_PANEL) takes what the offset adds, or the zero-point, away again. */
+       start + (a + offset) w^T of rows <= max_rows of them and one packed panel; start (MG_PANEL) takes what the offset
+       adds, and the zero-point, away again.  If takes_zero, it is start + (a - zero) w^T instead. */
     size_t max_rows;
     int32_t offset;
     int takes_zero;

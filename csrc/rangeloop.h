@@ -1,5 +1,5 @@
-/* The loop of attend_range: SOME_KEYS keys at a time, all heads.  The file that includes this has defined TARGET,
-   SOME_KEYS and, for keys and values as they are held, their scales NULL if they have none:
+/* The loop of attend_range: SOME_KEYS keys at a time, all heads.  Included once by a file that has defined TARGET,
+   SOME_KEYS and, before this, three functions of keys and values as they are held; scale is NULL if those have none:
 
    score_some   p[j] = q . key[j] * unit for n <= SOME_KEYS keys -> the largest
    weigh_some   p[j] = 2^(p[j] - top) -> their sum; then each is multiplied by its value's scale
@@ -23,8 +23,9 @@ MG_INLINE TARGET void attend_range(const struct mg_attention_range *r, const enu
                 if (end <= key)
                     continue;
                 size_t n = mg_min(SOME_KEYS, end - key);
+                const float *q = r->q[l] + head * r->d;
                 float before = r->top[at], scale;
-                r->top[at] = fmaxf(before, score_some(p, r->q[l] + head * r->d, k, r->k_row, k_scale, n, r->d, unit, held));
+                r->top[at] = fmaxf(before, score_some(p, q, k, r->k_row, k_scale, n, r->d, unit, held));
                 scale = exp2f(before - r->top[at]);
                 r->sum[at] = r->sum[at] * scale + weigh_some(p, r->top[at], v_scale, n, held);
                 add_some(r->o + at * r->d, scale, p, v, r->v_row, n, r->d, held);

@@ -23,7 +23,7 @@ struct trial {
     int32_t start[MG_PANEL];
 };
 
-/* acc (rows, MG_PANEL), as calls.c makes it. */
+/* acc (rows, MG_PANEL), as calls.c makes it for kernels without row_bytes. */
 static void multiply(struct trial *t, int32_t *acc, const struct mg_kernels *kernels, size_t rows, size_t k)
 {
     const size_t k4 = mg_round_up(k, 4);

@@ -33,6 +33,14 @@ def test_matmul_int8_equals_numpy(isa, fill, rng):
         assert np.array_equal(acc, a.astype(np.int64) @ w.T.astype(np.int64)), (m, n, k)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_matmul_int8_of_many_tiles_equals_numpy(isa, threads, rng):
+    a, w = int8s(rng, "random", 384, 512), weights(rng, "random", 3000, 512)
+    kernels.set_threads(threads)
+    acc = kernels.matmul_int8(a, packing.pack_int8(w))
+    assert np.array_equal(acc, (a.astype(np.float64) @ w.T.astype(np.float64)).astype(np.int32))
+
+
 @pytest.mark.parametrize("low", [-127, 127])
 def test_matmul_int8_is_exact_up_to_the_largest_k(isa, low):
     a = np.full((2, kernels.MAX_K), -128, np.int8)

@@ -21,21 +21,21 @@ static void formula(int32_t *wanted, const int8_t *a, int zero, const int8_t *w,
         }
 }
 
-/* w (MG_PANEL, k), all of whose elements may be -128, as a panel. */
-static int8_t *panel_of(int room, const int8_t *w, size_t k)
+/* w (MG_PANEL, k), all of whose elements may be -128, as a panel; beyond k stands `beyond`. */
+static int8_t *panel_of(int room, const int8_t *w, size_t k, int8_t beyond)
 {
     int8_t *panel = array(room, MG_PANEL * mg_round_up(k, 4));
-    memset(panel, 0, MG_PANEL * mg_round_up(k, 4));
+    memset(panel, beyond, MG_PANEL * mg_round_up(k, 4));
     for (size_t j = 0; j < MG_PANEL; j++)
         for (size_t i = 0; i < k; i++)
             panel[(i / 4 * MG_PANEL + j) * 4 + i % 4] = w[j * k + i];
     return panel;
 }
 
-static void check_dot_panel(size_t rows, size_t k, enum fill fill, enum fill of_w, int zero)
+static void check_dot(const int8_t *a, size_t rows, size_t k, enum fill of_w, int zero)
 {
     static int32_t wanted[64 * MG_PANEL];
-    const int8_t *a = bytes(0, rows, k, fill, -128), *w = bytes(1, MG_PANEL, k, of_w, -127), *panel = panel_of(2, w, k);
+    const int8_t *w = bytes(1, MG_PANEL, k, of_w, -127), *panel = panel_of(2, w, k, 0);
     int32_t *start = array(3, MG_PANEL * sizeof *start), plain[MG_PANEL];
     int8_t *packed = output(4, rows * mg_row_bytes(isa, k));
     int32_t *acc = output(5, rows * MG_PANEL * sizeof *acc);
@@ -51,28 +51,54 @@ static void check_dot_panel(size_t rows, size_t k, enum fill fill, enum fill of_
     equal(acc, wanted, rows * MG_PANEL, "rows, k", rows, k);
 }
 
+static void check_dot_panel(size_t rows, size_t k, enum fill fill, enum fill of_w, int zero)
+{
+    check_dot(bytes(0, rows, k, fill, -128), rows, k, of_w, zero);
+}
+
+/* A row of which avx2product.c puts as much on its list as there is room for. */
+static void check_longest_list(void)
+{
+    enum { K = 52 };
+    int8_t *a = array(0, K);
+    memset(a, -128, K);
+    memset(a, 127, 8);
+    memset(a + 40, 127, 8);
+    a[12] = 127;
+    a[13] = -8;
+    a[48] = a[49] = -64;
+    check_dot(a, 1, K, RANDOM, -128);
+}
+
 enum panel { SCORE, SUM, VALUE };
 
-/* An element of a (rows,k) that is small enough, as an unsigned one less 128. */
-static int8_t probability(enum panel panel, enum fill fill, int8_t any, size_t i, size_t k)
+/* An element of a (rows,k) that may stand there, as an unsigned one less 128. */
+static int8_t probability(enum panel panel, enum fill fill, int8_t any, size_t i, size_t rows, size_t k)
 {
+    unsigned dice = bits();
+    if (panel == SCORE || (panel == VALUE && fill == RANDOM))
+        return any;
     if (panel == SUM)           /* two add up to at most 256: 128 each, or 255 and 1 */
-        return (int8_t)(fill == LOW ? 0 : fill == HIGH ? (i % k == k / 2 ? 127 : -127) : (int)(bits() % 129) - 128);
-    if (panel == VALUE && fill != LOW)  /* four about 256, or any; LOW: 255 each */
-        return fill == HIGH || bits() % 16 != 0 ? (int8_t)(64 + (int)(bits() % 2) - 128) : any;
-    return panel == VALUE ? 127 : any;
+        return (int8_t)(fill == LOW ? 0 : fill == HIGH ? (i % k == k / 2 ? 127 : -127) : (int)(dice % 129) - 128);
+    if (fill == LOW)
+        return 127;
+    if (fill == HIGH)           /* four of them add up to about 256 */
+        return (int8_t)((int)(64 + dice % 2) - 128);
+    if (fill == ZERO_ROW && i / k == rows / 2)  /* one row is large, the others small but for a few */
+        return 127;
+    return dice % 32 == 0 ? any : (int8_t)((int)(dice / 32 % 16) - 128);
 }
 
 static void check_int8_panel(enum panel which, size_t rows, size_t k, enum fill fill, enum fill of_w)
 {
     static int32_t wanted[64 * MG_PANEL];
     const size_t k4 = mg_round_up(k, 4);
-    int8_t *a = bytes(0, rows, k, fill, -128), *w = bytes(1, MG_PANEL, k, of_w, -128), *panel = panel_of(2, w, k);
+    int8_t *a = bytes(0, rows, k, fill, -128), *w = bytes(1, MG_PANEL, k, of_w, -128), *panel = panel_of(2, w, k, 77);
     int32_t *start = array(3, MG_PANEL * sizeof *start), *acc = output(5, rows * MG_PANEL * sizeof *acc);
     uint8_t *p = array(4, rows * k4);
     memset(p, 0, rows * k4);
     for (size_t i = 0; i < rows * k; i++) {
-        a[i] = probability(which, fill, a[i], i, k);
+        a[i] = probability(which, fill, a[i], i, rows, k);
         p[i / k * k4 + i % k] = (uint8_t)(a[i] + 128);
     }
     for (size_t j = 0; j < MG_PANEL; j++)
@@ -107,11 +133,12 @@ void check_panels(void)
         for (size_t s = 0; s < N_SIZES; s++)
             for (enum fill fill = 0; fill < FILLS; fill++)
                 for (enum fill of_w = 0; of_w < FILLS; of_w++)
-                    check_dot_panel(rows, SIZES[s], fill, of_w, zeros[bits() % 4]);
+                    check_dot_panel(rows, SIZES[s], fill, of_w, of_w == RANDOM ? 0 : zeros[bits() % 4]);
     for (enum fill of_w = LOW; of_w <= HIGH; of_w++) {
         check_dot_panel(4, MG_MAX_K, LOW, of_w, 0);
         check_dot_panel(4, MG_MAX_STATIC_K, LOW, of_w, 127);
     }
+    check_longest_list();
     for (enum panel which = SCORE; which <= VALUE; which++)
         check_products(which);
 }
