@@ -20,7 +20,7 @@ SOURCES = ("dispatch.c", "pool.c", "memory.c", "pack.c", "calls.c", "attention.c
            "staticattention.c", "dynamicattention.c", "portableint8.c", "avx2int8.c", "avx512int8.c",
            "neon.c", "neonattention.c", "neonint8.c")
 HEADERS = ("api.h", "kernels.h", "lanes.h", "lossrows.h", "choicerows.h", "rangeloop.h", "rows.h", "neon.h", "amx.h",
-           "avx512bf16.h")
+           "avx2lists.h", "avx512bf16.h")
 FLAGS = ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno",
          "-fvisibility=hidden", "-pthread", "-D_GNU_SOURCE"]
 
