@@ -132,6 +132,7 @@ const struct mg_int8_attention mg_amx_int8 = {
     .value_panel = dot_bytes,
     .score_keys = mg_avx512_score_keys,
     .weigh = mg_avx512_weigh,
+    .weigh_diffused = mg_avx512_weigh_diffused,
     .weigh_some = mg_avx512_weigh_some,
     .sum_values = mg_avx512_sum_values,
 };

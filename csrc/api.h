@@ -125,14 +125,15 @@ enum mg_status mg_linear_static(const struct mg_tensor *out, const struct mg_ten
 enum mg_status mg_layer_norm_static(const struct mg_tensor *out, const struct mg_tensor *x, const float *weight,
                                     const float *bias, float eps, size_t m, size_t n);
 
-/* mg_attention of q, k, v in int8 with P = rint(255 softmax) in uint8 for the softmax; scores and P v are exact.  With
-   a gate, P v is rounded to the grid of `ungated`, whose pointers are not used, before it is gated.
+/* mg_attention of q, k, v in int8 with P = rint(255 softmax) in uint8 for the softmax; scores and P v are exact.
+   diffuse: what rounding leaves of a probability is added to the next key's.  With a gate, P v is rounded to the grid
+   of `ungated`, whose pointers are not used, before it is gated.
    MG_BAD_VALUE: as mg_attention; or q, k or v is not int8, t_k or d is above 32768, a gate comes without `ungated`. */
 enum mg_status mg_attention_static(const struct mg_tensor *out, const struct mg_tensor *ungated,
                                    const struct mg_tensor *q, const struct mg_tensor *k, const struct mg_tensor *v,
                                    const float *gate, size_t q_batch, size_t q_row, size_t k_batch, size_t k_row,
-                                   size_t v_batch, size_t v_row, size_t gate_width, int causal, size_t n_batch,
-                                   size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d);
+                                   size_t v_batch, size_t v_row, size_t gate_width, int causal, int diffuse,
+                                   size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d);
 
 /* ---- training ---- */
 

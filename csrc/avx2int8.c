@@ -72,6 +72,17 @@ TARGET static float raise(int32_t *scores, size_t stride, size_t n, int32_t top,
     return sum;
 }
 
+/* Up to LANES of 0 to 255. */
+MG_INLINE TARGET void write_bytes(uint8_t *p, __m256i x, size_t n)
+{
+    __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    __m128i eight = _mm_packus_epi16(half, half);
+    if (n >= LANES)
+        _mm_storel_epi64((__m128i *)p, eight);
+    else
+        memcpy(p, &eight, n);
+}
+
 TARGET static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
 {
     float sum = raise(scores, stride, n, largest(scores, stride, n), unit);
@@ -82,17 +93,39 @@ TARGET static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t 
         __m256 e = _mm256_castsi256_ps(read_scores(scores_at(scores, stride, j)));
         __m256i x = _mm256_cvtps_epi32(_mm256_mul_ps(e, scale));
         totals = _mm256_add_epi32(totals, x);
-        __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-        __m128i eight = _mm_packus_epi16(half, half);
-        if (n - j >= LANES)
-            _mm_storel_epi64((__m128i *)(p + j), eight);
-        else
-            memcpy(p + j, &eight, n - j);
+        write_bytes(p + j, x, n - j);
     }
     _mm256_storeu_si256((__m256i *)lanes, totals);
     for (size_t l = 0; l < LANES; l++)
         total += lanes[l];
     return total;
+}
+
+/* x[i] + .. + x[0] */
+MG_INLINE TARGET __m256i sums_so_far(__m256i x)
+{
+    x = _mm256_add_epi32(x, _mm256_slli_si256(x, 4));   /* in each half */
+    x = _mm256_add_epi32(x, _mm256_slli_si256(x, 8));
+    return _mm256_add_epi32(x, _mm256_shuffle_epi32(_mm256_permute2x128_si256(x, x, 0x08), 0xff));
+}
+
+TARGET static uint32_t weigh_diffused(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
+{
+    const __m256i last = _mm256_set1_epi32(LANES - 1), back = _mm256_setr_epi32(7, 0, 1, 2, 3, 4, 5, 6);
+    float sum = raise(scores, stride, n, largest(scores, stride, n), unit);
+    __m256 scale = _mm256_set1_ps((float)(255 << MG_DIFFUSED_BITS) / sum);
+    __m256i carried = _mm256_set1_epi32(1 << (MG_DIFFUSED_BITS - 1)), before = _mm256_setzero_si256();
+    for (size_t j = 0; j < n; j += LANES) {
+        __m256 e = _mm256_castsi256_ps(read_scores(scores_at(scores, stride, j)));
+        __m256i x = sums_so_far(_mm256_cvtps_epi32(_mm256_mul_ps(e, scale)));
+        x = _mm256_add_epi32(carried, x);
+        carried = _mm256_permutevar8x32_epi32(x, last);
+        __m256i whole = _mm256_srli_epi32(x, MG_DIFFUSED_BITS);
+        __m256i turned = _mm256_permutevar8x32_epi32(whole, back);
+        write_bytes(p + j, _mm256_sub_epi32(whole, _mm256_blend_epi32(turned, before, 1)), n - j);
+        before = turned;
+    }
+    return (uint32_t)_mm256_cvtsi256_si32(carried) >> MG_DIFFUSED_BITS;
 }
 
 MG_INLINE TARGET __m256 largest_of(__m256 x)
@@ -126,13 +159,7 @@ MG_INLINE TARGET float weigh_vectors(uint8_t *p, const int32_t *scores, size_t s
         __m256 e = exp2_of(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + j), tops), unit));
         e = _mm256_mul_ps(e, _mm256_set1_ps(255.0f));
         sums = _mm256_add_ps(sums, whole ? e : _mm256_and_ps(e, _mm256_castsi256_ps(mask_of(n - j))));
-        __m256i steps = _mm256_cvtps_epi32(e);
-        __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(steps), _mm256_extracti128_si256(steps, 1));
-        __m128i eight = _mm_packus_epi16(half, half);
-        if (whole)
-            _mm_storel_epi64((__m128i *)(p + j), eight);
-        else
-            memcpy(p + j, &eight, mg_min(LANES, n - j));
+        write_bytes(p + j, _mm256_cvtps_epi32(e), whole ? LANES : n - j);
     }
     _mm256_storeu_ps(lanes, sums);
     for (size_t l = 0; l < LANES; l++)
@@ -216,6 +243,7 @@ const struct mg_int8_attention mg_avx2_int8 = {
     .value_panel = mg_avx2_sum_panel,
     .score_keys = score_keys,
     .weigh = weigh,
+    .weigh_diffused = weigh_diffused,
     .weigh_some = weigh_some,
     .sum_values = sum_values,
 };

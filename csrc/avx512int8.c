@@ -79,6 +79,36 @@ TARGET uint32_t mg_avx512_weigh(uint8_t *p, int32_t *scores, size_t stride, size
     return (uint32_t)_mm512_reduce_add_epi32(total);
 }
 
+/* x[i] + .. + x[0] */
+MG_INLINE TARGET __m512i sums_so_far(__m512i x)
+{
+    const __m512i zero = _mm512_setzero_si512();
+    x = _mm512_add_epi32(x, _mm512_alignr_epi32(x, zero, LANES - 1));
+    x = _mm512_add_epi32(x, _mm512_alignr_epi32(x, zero, LANES - 2));
+    x = _mm512_add_epi32(x, _mm512_alignr_epi32(x, zero, LANES - 4));
+    return _mm512_add_epi32(x, _mm512_alignr_epi32(x, zero, LANES - 8));
+}
+
+TARGET uint32_t mg_avx512_weigh_diffused(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
+{
+    const __m512i last = _mm512_set1_epi32(LANES - 1);
+    float sum = raise(scores, stride, n, largest(scores, stride, n), unit);
+    __m512 scale = _mm512_set1_ps((float)(255 << MG_DIFFUSED_BITS) / sum);
+    __m512i carried = _mm512_set1_epi32(1 << (MG_DIFFUSED_BITS - 1)), before = _mm512_setzero_si512();
+    for (size_t j = 0; j < n; j += LANES) {
+        __mmask16 mask = mask_of(n - j);
+        __m512 e = _mm512_castsi512_ps(_mm512_loadu_si512(scores_at(scores, stride, j)));
+        __m512i x = _mm512_maskz_cvtps_epi32(mask, _mm512_mul_ps(e, scale));
+        x = _mm512_add_epi32(carried, sums_so_far(x));
+        carried = _mm512_permutexvar_epi32(last, x);
+        __m512i whole = _mm512_srli_epi32(x, MG_DIFFUSED_BITS);
+        __m512i steps = _mm512_sub_epi32(whole, _mm512_alignr_epi32(whole, before, LANES - 1));
+        before = whole;
+        _mm_mask_storeu_epi8(p + j, mask, _mm512_cvtepi32_epi8(steps));
+    }
+    return (uint32_t)_mm_cvtsi128_si32(_mm512_castsi512_si128(carried)) >> MG_DIFFUSED_BITS;
+}
+
 /* 255 * 2^x for x <= 0, however small */
 MG_INLINE TARGET __m512 weight_of(__m512 x)
 {
@@ -223,6 +253,7 @@ const struct mg_int8_attention mg_avx512_int8 = {
     .value_panel = dot_bytes,
     .score_keys = mg_avx512_score_keys,
     .weigh = mg_avx512_weigh,
+    .weigh_diffused = mg_avx512_weigh_diffused,
     .weigh_some = mg_avx512_weigh_some,
     .sum_values = mg_avx512_sum_values,
 };

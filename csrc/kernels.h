@@ -15,6 +15,7 @@
 #define MG_MAX_ATTENTION 32768  /* 2 * 32768 * 255 * 128 < 2^31: differences of scores */
 #define MG_PANEL 64             /* columns of a weight panel */
 #define MG_KEYS 64              /* keys that attention takes at a time */
+#define MG_DIFFUSED_BITS 22     /* 255 * 2^22 + rounding < 2^31 */
 #define MG_WEIGHED 256          /* keys that share a scale of their probabilities in int8 */
 #define MG_LOWEST -1e30f        /* before the first maximum */
 
@@ -132,6 +133,11 @@ struct mg_int8_attention {
        apart; -> the sum of p.  scores are overwritten. */
     uint32_t (*weigh)(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
 
+    /* The same, but that each score takes over what rounding left of those before it:
+       p[j] = r(j) - r(j - 1), r(j) = rint(255 * sum_{i <= j} softmax_i), half up; sums are exact in
+       MG_DIFFUSED_BITS binary places. */
+    uint32_t (*weigh_diffused)(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
+
     /* Of n scores, 1 to MG_WEIGHED, as base-2 logarithms: x[j] = scale * key_scale[j] * scores[j], scale and key_scale at
        least 0, scores as those of weigh with room for MG_WEIGHED; top: the largest x;
        p[j] = rint(255 * 2^(x[j] - top)); -> the sum of these before they are rounded. */
@@ -224,6 +230,7 @@ void mg_avx512_layer_norm_row(float *out, const float *x, const float *weight, c
 void mg_avx512_score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
                           size_t d);
 uint32_t mg_avx512_weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
+uint32_t mg_avx512_weigh_diffused(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
 float mg_avx512_weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
                            float scale, float *top);
 void mg_avx512_sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d);

@@ -206,6 +206,17 @@ static float raise(int32_t *scores, size_t stride, size_t n, int32_t top, float 
     return vaddvq_f32(sums);
 }
 
+/* Up to LANES of 0 to 255. */
+MG_INLINE void write_bytes(uint8_t *p, uint32x4_t x, size_t n)
+{
+    uint16x4_t half = vmovn_u32(x);
+    uint8x8_t bytes = vmovn_u16(vcombine_u16(half, half));
+    if (n >= LANES)
+        memcpy(p, &bytes, LANES);
+    else
+        memcpy(p, &bytes, n);
+}
+
 static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
 {
     float scale = 255.0f / raise(scores, stride, n, largest(scores, stride, n), unit);
@@ -213,15 +224,29 @@ static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, floa
     for (size_t j = 0; j < n; j += LANES) {
         float32x4_t e = vreinterpretq_f32_s32(vld1q_s32(scores_at(scores, stride, j)));
         uint32x4_t x = vcvtnq_u32_f32(vmulq_n_f32(e, scale));
-        uint16x4_t half = vmovn_u32(x);
-        uint8x8_t bytes = vmovn_u16(vcombine_u16(half, half));
         totals = vaddq_u32(totals, x);
-        if (n - j >= LANES)
-            memcpy(p + j, &bytes, LANES);
-        else
-            memcpy(p + j, &bytes, n - j);
+        write_bytes(p + j, x, n - j);
     }
     return vaddvq_u32(totals);
+}
+
+static uint32_t weigh_diffused(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
+{
+    const uint32x4_t zero = vdupq_n_u32(0);
+    float scale = (float)(255 << MG_DIFFUSED_BITS) / raise(scores, stride, n, largest(scores, stride, n), unit);
+    uint32x4_t carried = vdupq_n_u32(1 << (MG_DIFFUSED_BITS - 1)), before = zero;
+    for (size_t j = 0; j < n; j += LANES) {
+        float32x4_t e = vreinterpretq_f32_s32(vld1q_s32(scores_at(scores, stride, j)));
+        uint32x4_t x = vcvtnq_u32_f32(vmulq_n_f32(e, scale));
+        x = vaddq_u32(x, vextq_u32(zero, x, 3));
+        x = vaddq_u32(x, vextq_u32(zero, x, 2));        /* x[i] + .. + x[0] */
+        x = vaddq_u32(carried, x);
+        carried = vdupq_laneq_u32(x, 3);
+        uint32x4_t whole = vshrq_n_u32(x, MG_DIFFUSED_BITS);
+        write_bytes(p + j, vsubq_u32(whole, vextq_u32(before, whole, 3)), n - j);
+        before = whole;
+    }
+    return vgetq_lane_u32(carried, 0) >> MG_DIFFUSED_BITS;
 }
 
 static float weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n, float scale,
@@ -244,9 +269,7 @@ static float weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const 
         float32x4_t e = exp2_of(vmulq_n_f32(vsubq_f32(vld1q_f32(x + j), vdupq_n_f32(largest)), scale));
         e = vmulq_n_f32(e, 255.0f);
         sums = vaddq_f32(sums, vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(e), mask_of(n - j))));
-        uint16x4_t half = vmovn_u32(vcvtnq_u32_f32(e));
-        uint8x8_t bytes = vmovn_u16(vcombine_u16(half, half));
-        memcpy(p + j, &bytes, mg_min(LANES, n - j));
+        write_bytes(p + j, vcvtnq_u32_f32(e), n - j);
     }
     return vaddvq_f32(sums);
 }
@@ -382,6 +405,7 @@ const struct mg_int8_attention mg_neon_int8 = {
     .value_panel = score_panel,
     .score_keys = score_keys,
     .weigh = weigh,
+    .weigh_diffused = weigh_diffused,
     .weigh_some = weigh_some,
     .sum_values = sum_values,
 };
@@ -394,6 +418,7 @@ const struct mg_int8_attention mg_neondot_int8 = {
     .value_panel = udot_panel,
     .score_keys = sdot_keys,
     .weigh = weigh,
+    .weigh_diffused = weigh_diffused,
     .weigh_some = weigh_some,
     .sum_values = sum_values,
 };

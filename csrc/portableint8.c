@@ -48,6 +48,8 @@ static void score_panel(int32_t *acc, const uint8_t *a, const int8_t *panel, con
         score_row(acc + r * MG_PANEL, a + r * k4, panel, start, k4);
 }
 
+static const float ROUND = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, half to even */
+
 static int32_t largest(const int32_t *scores, size_t stride, size_t n)
 {
     int32_t top = scores[0];
@@ -58,13 +60,11 @@ static int32_t largest(const int32_t *scores, size_t stride, size_t n)
     return top;
 }
 
-/* Scores become exponentials, floats in the integers' places. */
-static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
+/* Scores become exponentials, floats in the integers' places; -> their sum */
+static float raise(int32_t *scores, size_t stride, size_t n, float unit)
 {
-    const float shift = 12582912.0f;    /* 1.5 * 2^23: adding it rounds to an integer, half to even */
     int32_t top = largest(scores, stride, n);
     float lanes[MG_LANES] = {0}, e[MG_PANEL];
-    uint32_t total = 0;
     for (size_t j = 0; j < n; j += MG_PANEL) {
         int32_t *some = scores + j / MG_PANEL * stride;
         size_t size = mg_min(MG_PANEL, n - j);
@@ -75,22 +75,43 @@ static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, floa
             lanes[i % MG_LANES] += e[i];
         memcpy(some, e, size * sizeof *e);
     }
-    float scale = 255.0f / mg_total(lanes);
-    for (size_t j = 0; j < n; j += MG_PANEL) {
-        size_t size = mg_min(MG_PANEL, n - j);
-        memcpy(e, scores + j / MG_PANEL * stride, size * sizeof *e);
-        for (size_t i = 0; i < size; i++) {
-            p[j + i] = (uint8_t)(e[i] * scale + shift - shift);
-            total += p[j + i];
-        }
+    return mg_total(lanes);
+}
+
+/* Number j of those that raise left. */
+static float raised(const int32_t *scores, size_t stride, size_t j)
+{
+    float e;
+    memcpy(&e, scores + j / MG_PANEL * stride + j % MG_PANEL, sizeof e);
+    return e;
+}
+
+static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
+{
+    float scale = 255.0f / raise(scores, stride, n, unit);
+    uint32_t total = 0;
+    for (size_t j = 0; j < n; j++) {
+        p[j] = (uint8_t)(raised(scores, stride, j) * scale + ROUND - ROUND);
+        total += p[j];
     }
     return total;
+}
+
+static uint32_t weigh_diffused(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
+{
+    float scale = (float)(255 << MG_DIFFUSED_BITS) / raise(scores, stride, n, unit);
+    uint32_t sum = 1 << (MG_DIFFUSED_BITS - 1), before = 0;
+    for (size_t j = 0; j < n; j++) {
+        sum += (uint32_t)(raised(scores, stride, j) * scale + 0.5f);
+        p[j] = (uint8_t)((sum >> MG_DIFFUSED_BITS) - before);
+        before = sum >> MG_DIFFUSED_BITS;
+    }
+    return before;
 }
 
 static float weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n, float scale,
                         float *top)
 {
-    const float shift = 12582912.0f;    /* as above */
     float x[MG_WEIGHED], lanes[MG_LANES] = {0}, largest = MG_LOWEST;
     for (size_t j = 0; j < n; j++) {
         x[j] = (float)scores[j / MG_PANEL * stride + j % MG_PANEL] * key_scale[j];
@@ -100,7 +121,7 @@ static float weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const 
     for (size_t j = 0; j < n; j++) {
         float e = 255.0f * mg_exp2((x[j] - largest) * scale);
         lanes[j % MG_LANES] += e;
-        p[j] = (uint8_t)(e + shift - shift);
+        p[j] = (uint8_t)(e + ROUND - ROUND);
     }
     return mg_total(lanes);
 }
@@ -123,6 +144,7 @@ const struct mg_int8_attention mg_portable_int8 = {
     .value_panel = score_panel,
     .score_keys = score_keys,
     .weigh = weigh,
+    .weigh_diffused = weigh_diffused,
     .weigh_some = weigh_some,
     .sum_values = sum_values,
 };

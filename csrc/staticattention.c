@@ -1,5 +1,5 @@
 /* Attention in int8: scores and sums of values exact, the softmax between them in float32 over all keys of a query, its
-   probabilities rounded to uint8.  A task is a block of queries of one head.
+   probabilities rounded to uint8, each to the nearest or with what was left of those before it.  A task is a block of queries of one head.
 
    Many queries share keys: these, and the values, are packed once into panels like weights, and max_rows queries at a
    time are multiplied with them.  A few queries, as in decoding, read keys and values where they are.  What is left out
@@ -21,7 +21,7 @@ struct attention {
     int32_t q_zero, v_zero;
     float unit, v_unit;         /* of a score as a base-2 logarithm; of a probability times a value */
     size_t q_batch, q_row, k_batch, k_row, v_batch, v_row, gate_width;
-    int causal;
+    int causal, diffuse;
     size_t group, n_head, t_q, t_k, d;
     size_t n_query, tile, tiles;        /* queries that share their keys: group * t_q; of a task; tasks */
     size_t panels, head_bytes, sum_panels;      /* of keys; packed bytes of a head; panels of elements of values */
@@ -168,11 +168,12 @@ static void attend_rows(const struct attention *job, const struct room *room, si
         int8->score_keys(room->scores, query_of(job, index, head), job->q_zero, job->k + batch * job->k_batch + column,
                          job->k_row, n_keys, job->d);
     }
-    uint32_t total[TILE];
+    uint32_t total[TILE], (*weigh)(uint8_t *, int32_t *, size_t, size_t, float) =
+        job->diffuse ? int8->weigh_diffused : int8->weigh;
     for (size_t r = 0; r < rows; r++) {
         size_t seen = seen_by(job, index + r);
         uint8_t *p = room->p + r * p_row;
-        total[r] = int8->weigh(p, room->scores + r * MG_PANEL, step, seen, job->unit);
+        total[r] = weigh(p, room->scores + r * MG_PANEL, step, seen, job->unit);
         memset(p + seen, 0, p_row - seen);
     }
     if (job->packed != NULL)
@@ -228,15 +229,16 @@ static enum mg_status plan_and_run(struct attention *job, size_t n_shared)
 enum mg_status mg_attention_static(const struct mg_tensor *out, const struct mg_tensor *ungated,
                                    const struct mg_tensor *q, const struct mg_tensor *k, const struct mg_tensor *v,
                                    const float *gate, size_t q_batch, size_t q_row, size_t k_batch, size_t k_row,
-                                   size_t v_batch, size_t v_row, size_t gate_width, int causal, size_t n_batch,
-                                   size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d)
+                                   size_t v_batch, size_t v_row, size_t gate_width, int causal, int diffuse,
+                                   size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d)
 {
     struct attention job = {
         .kernels = mg_kernels(), .out = mg_target_of(out), .q = q->q, .k = k->q, .v = v->q, .gate = gate,
         .q_zero = q->zero, .v_zero = v->zero, .v_unit = v->scale / 255.0f,
         .unit = (float)(MG_LOG2_E * (double)q->scale * (double)k->scale / sqrt((double)d)),
         .q_batch = q_batch, .q_row = q_row, .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row,
-        .gate_width = gate_width, .causal = causal, .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d};
+        .gate_width = gate_width, .causal = causal, .diffuse = diffuse, .group = group, .n_head = n_head, .t_q = t_q,
+        .t_k = t_k, .d = d};
     if (t_k == 0 || group == 0 || n_batch % group != 0 || (causal && t_q > t_k))
         return MG_BAD_VALUE;
     if (t_k > MG_MAX_ATTENTION || d > MG_MAX_ATTENTION || q->q == NULL || k->q == NULL || v->q == NULL)

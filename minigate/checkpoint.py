@@ -24,7 +24,7 @@ SCHEMES = ("w8a8-static", "w8a8-dynamic", "w8")
 POSITIONS = {"encoder.positional_embedding": "encoder.positional_embedding",
              "decoder.positional_embedding": "decoder.embed"}  # int8 in w8a8-static unless this is kept in float
 CALIBRATION = ("method", "percentile", "batches", "seed", "windows", "sha256")
-HELPERS = ("smoothquant", "bias_correction", "equalize", "rotate", "error_feedback")
+HELPERS = ("smoothquant", "bias_correction", "equalize", "rotate", "error_feedback", "error_diffusion")
 INPUT_SCALE = "decoder.token_embedding.input_scale"  # (D,) of a smoothed model: tokens' rows go in multiplied by it
 ROTATIONS = ("encoder.rotation", "decoder.rotation")  # (D,) of a rotated model: signs for hadamard.rotation
 VOCABULARY = "tokenizer.vocabulary"

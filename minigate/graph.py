@@ -116,6 +116,11 @@ def held_float(metadata: Mapping) -> set[str]:
     return {point for point, readers in found.items() if maker(point) in kept or kept.intersection(readers)}
 
 
+def diffuses(metadata: Mapping) -> bool:
+    """Whether a `w8a8-static` model's probabilities are rounded with what was left of those before."""
+    return bool((metadata["quantization"].get("helpers") or {}).get("error_diffusion"))
+
+
 def grid(low: float, high: float) -> tuple[np.float32, int]:
     """The range of a point -> scale and zero point of its int8 values. The range is widened to contain 0, which is
     always exact; of a range too small for float32's normal numbers the scale is 1.

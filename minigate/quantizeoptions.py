@@ -28,6 +28,7 @@ class QuantizeOptions:
     equalize: bool = False
     rotate: bool = False
     error_feedback: bool = False
+    error_diffusion: bool = False
 
     def __post_init__(self):
         check = Checks(self)
@@ -37,11 +38,13 @@ class QuantizeOptions:
         check.choice("weights", GRANULARITIES)
         check.number("smoothquant", 0, 1, optional=True)
         check.set("keep_float", tuple(self.keep_float))
+        if self.error_diffusion and self.scheme != "w8a8-static":
+            raise UsageError(f"error_diffusion: expected w8a8-static, whose probabilities it rounds, got {self.scheme}")
 
     @property
     def helpers(self) -> dict:
         """For the metadata's `helpers`."""
-        names = ("smoothquant", "bias_correction", "equalize", "rotate", "error_feedback")
+        names = ("smoothquant", "bias_correction", "equalize", "rotate", "error_feedback", "error_diffusion")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -69,7 +72,7 @@ def build_parser() -> ArgumentParser:
     add("--keep-float", metavar="NAME", nargs="+", default=[], help="layers that stay float, as --inspect names them, "
         "prefixes such as encoder.blocks.3, or paper: the encoder's last block and final layer norm (default: none)")
     _add_calibration(parser.add_argument_group("calibration"))
-    _add_helpers(parser.add_argument_group("helpers, done to the float model first"))
+    _add_helpers(parser.add_argument_group("helpers"))
     group = parser.add_argument_group("layer by layer")
     group.add_argument("--sensitivity", action="store_true", help="print what each layer costs, alone in int8 and "
                        f"alone in float: KL to the float model's logits on the first {BATCH} windows, nats per token")
@@ -106,6 +109,8 @@ def _add_helpers(group) -> None:
                        "outliers (default: off)")
     group.add_argument("--error-feedback", action="store_true", help="round weights column by column, each making up "
                        "for the errors of those before it on what the layer hears, as GPTQ does (default: off)")
+    group.add_argument("--error-diffusion", action="store_true", help="round attention's probabilities with what was "
+                       "left of those before, so that many small ones do not vanish (w8a8-static only; default: off)")
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Namespace, QuantizeOptions, CalibrationOptions]:

@@ -8,7 +8,7 @@ from minigate import checkpoint, graph
 from minigate.report import aligned
 
 OPTIONS = {"smoothquant": "SmoothQuant", "bias_correction": "bias correction", "equalize": "equalization",
-           "rotate": "rotation", "error_feedback": "error feedback"}  # fmt: skip
+           "rotate": "rotation", "error_feedback": "error feedback", "error_diffusion": "error diffusion"}  # fmt: skip
 
 
 def inspect(metadata: Mapping, tensors: Mapping[str, np.ndarray]) -> str:

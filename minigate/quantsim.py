@@ -22,6 +22,7 @@ from minigate.attention import gate, times_gate
 from minigate.int8 import is_cached, is_cross
 from minigate.int8weights import dequantize, quantize_weights
 from minigate.ranges import Record
+from minigate.static_reference import diffused
 
 P_STEPS = 255  # probabilities are multiples of 1/255
 QUERIES = 256  # whose probabilities are in memory at a time, each H * Tk
@@ -223,6 +224,7 @@ class Simulated(SimulatedSteps, Pointed):
         super().keep(metadata)
         self.held_float = graph.held_float(metadata)
         self.grids = graph.grids(metadata)
+        self.diffuse = graph.diffuses(metadata)
 
     def point(self, name: str, x: np.ndarray) -> np.ndarray:
         return x if name in self.held_float else rounded(x, *self.grids[name])
@@ -245,7 +247,7 @@ class Simulated(SimulatedSteps, Pointed):
             return super().attended(name, q, k, v, n_head, causal)
         scales = [self.grids[f"{name}.{part}"][0] for part in ("query", "key", "value")]
         steps = [steps_of(x, scale) for x, scale in zip((q, k, v), scales, strict=True)]
-        return rounded_attention(*steps, scales, n_head, causal)
+        return rounded_attention(*steps, scales, n_head, causal, self.diffuse)
 
 
 def as_quantized(metadata: Mapping, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -281,10 +283,10 @@ def rounded(x: np.ndarray, scale: np.float32, zero_point: int) -> np.ndarray:
 
 
 def rounded_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scales: Sequence[float], n_head: int,
-                      causal: bool) -> np.ndarray:  # fmt: skip
+                      causal: bool, diffuse: bool = False) -> np.ndarray:  # fmt: skip
     """softmax(q kᵀ / sqrt(d)) v with probabilities of round(255 p) / 255; shapes as in `kernels.attention`.
 
-    q, k, v in steps of the three scales.
+    q, k, v in steps of the three scales. diffuse: probabilities are rounded by `static_reference.diffused`.
     """
     n_batch, t_q, n_state = q.shape
     t_k, d = k.shape[1], n_state // n_head
@@ -303,7 +305,7 @@ def rounded_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scales: Seque
             p *= unit
             np.exp(p, out=p)
             p *= P_STEPS / p.sum(axis=-1, keepdims=True)
-            np.rint(p, out=p)
+            p = diffused(p).astype(np.float32) if diffuse else np.rint(p, out=p)
             out[b, i : i + QUERIES] = (p @ values).transpose(1, 0, 2)
     out *= scales[2] / np.float32(P_STEPS)
     return out.reshape(n_batch, t_q, n_state)

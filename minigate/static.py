@@ -25,6 +25,7 @@ class Static(int8.Int8Weights):
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
         self.grids = {point: Grid(*grid) for point, grid in graph.grids(metadata).items()}
         self.kept = set(metadata["quantization"]["keep_float"])
+        self.diffuse = graph.diffuses(metadata)
         held_float = graph.held_float(metadata)
         self.int8_grids = {point: grid for point, grid in self.grids.items() if point not in held_float}
         super().__init__(metadata, tensors)
@@ -119,7 +120,7 @@ class Static(int8.Int8Weights):
                    for part, x in (("query", q.data), ("key", k), ("value", v)))  # fmt: skip
         g = self.gate_of(name, self.entered(h), n_head) if gated else None
         out = self.int8_grids.get(point)
-        y = static_kernels.attention(q, k, v, n_head, out, causal=causal, gate=g, ungated=self.grids[name])
+        y = static_kernels.attention(q, k, v, n_head, out, causal, g, self.grids[name], self.diffuse)
         return Tensor(y, self.grids[point])
 
     def gate_of(self, name: str, h: Tensor, n_head: int) -> np.ndarray | None:

@@ -178,9 +178,9 @@ def _rows(name: str, x, n_batch=None, t=None, n_state=None) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, n_head: int, out: Grid | None, causal=False, gate=None,
-              ungated: Grid | None = None) -> np.ndarray:
+              ungated: Grid | None = None, diffuse=False) -> np.ndarray:
     """P v * gate, P = round(255 softmax(q kᵀ / sqrt(D / H))) / 255, head by head -> (B, Tq, D), without a Tq x Tk
-    matrix in memory.
+    matrix in memory. diffuse: P is rounded by `static_reference.diffused`.
 
     q (B, Tq, D); k, v (Bk, Tk, D), all int8; Bk divides B and row b attends to k[b // (B // Bk)]; views with strides
     will do. gate: None, or (B, Tq, H) or (B, Tq, D) float32; then P v is rounded to the grid `ungated` before it is
@@ -205,10 +205,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, n_head: int, out: Grid | None, ca
         gate = _array("gate", gate, (n_batch, t_q, n_head * gate_width), F32)
     y = _result((n_batch, t_q, n_state), out)
     if not _in_c(q.data) or q.data.size == 0:
-        return reference.attention(q, k, v, n_head, out, causal, gate, ungated)
+        return reference.attention(q, k, v, n_head, out, causal, gate, ungated, diffuse)
     (q_data, *q_strides), (k_data, *k_strides), (v_data, *v_strides) = _view(q), _view(k), _view(v)
     between = ffi.NULL if gate is None else ffi.new(_NUMBERS, (ffi.NULL, ffi.NULL, *ungated))
     _check(lib.mg_attention_static(_numbers(y, out), between, q_data, k_data, v_data, _floats(gate), *q_strides,
-                                   *k_strides, *v_strides, gate_width, causal, n_batch, n_batch // k_batch, n_head,
-                                   t_q, t_k, n_state // n_head))
+                                   *k_strides, *v_strides, gate_width, causal, diffuse, n_batch, n_batch // k_batch,
+                                   n_head, t_q, t_k, n_state // n_head))
     return y

@@ -12,6 +12,7 @@ from minigate import reference
 
 Q_MIN, Q_MAX = -128, 127
 P_MAX = 255         # of a probability in uint8
+DIFFUSED_BITS = 22  # 255 * 2^22 and what rounding adds to it is in int32
 F32 = np.float32
 
 
@@ -55,7 +56,7 @@ def layer_norm(x, weight, bias, out, eps=1e-5):
     return held(reference.layer_norm(values(x), weight, bias, eps), out)
 
 
-def attention(q, k, v, n_head, out, causal=False, gate=None, ungated=None):
+def attention(q, k, v, n_head, out, causal=False, gate=None, ungated=None, diffuse=False):
     """q Tensor (B, Tq, D), k, v Tensor (Bk, Tk, D), all int8, gate None, (B, Tq, H) or (B, Tq, D) -> (B, Tq, D)."""
     n_batch, t_q, n_state = q.data.shape
     k_batch, t_k, _ = k.data.shape
@@ -70,7 +71,7 @@ def attention(q, k, v, n_head, out, causal=False, gate=None, ungated=None):
             if causal:
                 position = np.arange(i, i + scores.shape[1])[:, None] + t_k - t_q
                 scores[:, np.arange(t_k) > position] = -np.inf
-            p = _probabilities(scores, unit)
+            p = _probabilities(scores, unit, diffuse)
             sums = (p @ _heads(v, shared, n_head)).transpose(1, 0, 2)
             result[b, i:i + reference.QUERIES] = sums.astype(F32) * (F32(v.grid.scale) / F32(P_MAX))
     if gate is not None:
@@ -86,7 +87,18 @@ def _heads(x, b, n_head, rows=slice(None)):
     return part.reshape(len(part), n_head, -1).transpose(1, 0, 2)
 
 
-def _probabilities(scores, unit):
-    """scores (..., Tk) -> round(255 softmax(unit * scores)), float64."""
+def _probabilities(scores, unit, diffuse):
+    """scores (..., Tk) -> 255 softmax(unit * scores), rounded, float64."""
     e = np.exp((scores - scores.max(axis=-1, keepdims=True)).astype(F32) * unit)
-    return np.rint(e * (F32(P_MAX) / e.sum(axis=-1, keepdims=True))).astype(np.float64)
+    p = e * (F32(P_MAX) / e.sum(axis=-1, keepdims=True))
+    return (diffused(p) if diffuse else np.rint(p)).astype(np.float64)
+
+
+def diffused(p):
+    """p (..., Tk) float32, 0 or more -> whole numbers int64, each with what rounding left of those before it: all sums
+    from the first on are rounded right, and none of many small ones is lost.
+
+    Error diffusion in one dimension (Floyd and Steinberg, Proc. SID 17, 1976). Sums are exact in 2^-DIFFUSED_BITS.
+    """
+    sums = np.cumsum(np.rint(p * F32(2 ** DIFFUSED_BITS)), axis=-1, dtype=np.float64).astype(np.int64)
+    return np.diff((sums + 2 ** (DIFFUSED_BITS - 1)) >> DIFFUSED_BITS, axis=-1, prepend=0)

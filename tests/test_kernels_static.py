@@ -18,6 +18,7 @@ A_GRID, RESIDUAL_GRID, OUT_GRID = Grid(0.02, -37), Grid(0.03, 90), Grid(0.05, 13
 ATTENTION_GRID = Grid(0.01, -3)
 RELATIVE = 2e-6     # of a float32 result, relative to the largest magnitude that enters it
 P_ERROR = 1e-3      # of 255 times a probability before it is rounded
+SUM_ERROR = 2e-3    # of a sum of these
 
 
 @pytest.fixture
@@ -149,7 +150,18 @@ def attention_case(rng, n_batch, k_batch, t_q, t_k, n_state, fill="random", size
     return q, k, v
 
 
-def exact_attention(q, k, v, n_head, causal):
+def rounded(p, diffuse):
+    """p (Tq, Tk) in steps -> whole numbers, and where these may be one off because they are near a tie: each by itself
+    or, diffuse, its sum with those before it; that key's, and if diffuse the next one's."""
+    sums = np.cumsum(p, axis=1) if diffuse else p
+    near = np.abs(sums - np.floor(sums) - 0.5) < (SUM_ERROR if diffuse else P_ERROR)
+    whole = np.floor(sums + 0.5)
+    if not diffuse:
+        return np.rint(p), near
+    return np.diff(whole, axis=1, prepend=0), near | np.pad(near, ((0, 0), (1, 0)))[:, :-1]
+
+
+def exact_attention(q, k, v, n_head, causal, diffuse=False):
     """-> P v (B, Tq, H, d) with rounded probabilities in float64, and the sum of |v| where these are near a tie: what P
     v may be off when they are rounded the other way."""
     (n_batch, t_q, n_state), t_k = q.data.shape, k.data.shape[1]
@@ -163,8 +175,8 @@ def exact_attention(q, k, v, n_head, causal):
                 scores[np.arange(t_k) > np.arange(t_q)[:, None] + t_k - t_q] = -np.inf
             p = np.exp(scores - scores.max(axis=1, keepdims=True))
             p *= 255 / p.sum(axis=1, keepdims=True)
-            near = np.abs(p - np.floor(p) - 0.5) < P_ERROR
-            y[b, :, h] = np.rint(p) / 255 @ numbers(v)[shared, :, head]
+            p, near = rounded(p, diffuse)
+            y[b, :, h] = p / 255 @ numbers(v)[shared, :, head]
             doubt[b, :, h] = near / 255 @ np.abs(numbers(v)[shared, :, head])
     return y, doubt
 
@@ -179,16 +191,17 @@ def near(got, wanted, doubt, grid):
         assert got.dtype == np.int8 and (np.abs(got - steps) <= 0.5 + error / grid.scale).all()
 
 
-def check_attention(rng, n_batch, k_batch, t_q, t_k, n_head, d, causal=False, gate=None, out=ATTENTION_GRID, **case):
+def check_attention(rng, n_batch, k_batch, t_q, t_k, n_head, d, causal=False, gate=None, out=ATTENTION_GRID,
+                    diffuse=False, **case):
     q, k, v = attention_case(rng, n_batch, k_batch, t_q, t_k, n_head * d, **case)
-    y, doubt = exact_attention(q, k, v, n_head, causal)
+    y, doubt = exact_attention(q, k, v, n_head, causal, diffuse)
     if gate is None:
-        got = sk.attention(q, k, v, n_head, out, causal)
+        got = sk.attention(q, k, v, n_head, out, causal, diffuse=diffuse)
         near(got.reshape(y.shape), y, doubt, out)
         return
     ungated = Grid(0.008, 20)
     g = floats(rng, n_batch, t_q, n_head * (d if gate == "element" else 1))
-    got = sk.attention(q, k, v, n_head, out, causal, g, ungated)
+    got = sk.attention(q, k, v, n_head, out, causal, g, ungated, diffuse)
     g = g.reshape(n_batch, t_q, n_head, -1).astype(float)
     steps = np.clip(y / ungated.scale + ungated.zero_point, -128, 127)      # before it is rounded to the grid
     doubt = doubt / ungated.scale + 1e-5
@@ -198,9 +211,10 @@ def check_attention(rng, n_batch, k_batch, t_q, t_k, n_head, d, causal=False, ga
 
 
 @pytest.mark.parametrize("t_q", [1, 2, 6, 8, 9, 17, 49, 97])
-def test_attention_sizes_of_queries_and_keys(isa, t_q, rng):
+@pytest.mark.parametrize("diffuse", [False, True])
+def test_attention_sizes_of_queries_and_keys(isa, t_q, diffuse, rng):
     for t_k in (1, 3, 4, 15, 16, 17, 63, 64, 65, 128, 300):
-        check_attention(rng, 1, 1, t_q, t_k, 2, 16)
+        check_attention(rng, 1, 1, t_q, t_k, 2, 16, diffuse=diffuse)
 
 
 @pytest.mark.parametrize("d", [1, 3, 4, 15, 16, 17, 31, 63, 64, 65, 80, 129])
@@ -213,25 +227,27 @@ def test_attention_head_sizes(isa, d, rng):
 @pytest.mark.parametrize("gate", [None, "head", "element"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("out", [None, Grid(0.02, -60)])
-def test_attention_gates_masks_and_shared_keys(isa, gate, causal, out, rng):
+@pytest.mark.parametrize("diffuse", [False, True])
+def test_attention_gates_masks_and_shared_keys(isa, gate, causal, out, diffuse, rng):
     for n_batch, k_batch, t_q, t_k in [(1, 1, 1, 1), (1, 1, 70, 70), (2, 2, 40, 200), (6, 2, 1, 150), (4, 1, 3, 90),
                                        (6, 3, 20, 33), (5, 5, 5, 5), (1, 1, 2, 260), (10, 1, 1, 65)]:
-        check_attention(rng, n_batch, k_batch, t_q, t_k, 2, 24, causal, gate, out)
+        check_attention(rng, n_batch, k_batch, t_q, t_k, 2, 24, causal, gate, out, diffuse)
 
 
 @pytest.mark.parametrize("fill", ["random", "low", "high"])
 @pytest.mark.parametrize("t_q", [1, 30])
 def test_attention_of_extreme_integers(isa, fill, t_q, rng):
     for t_k, size in ((2, 0.05), (300, 0.05), (300, 2.0)):      # the last: a softmax that is one key
-        check_attention(rng, 1, 1, t_q, t_k, 2, 64, fill=fill, size=size)
+        for diffuse in (False, True):
+            check_attention(rng, 1, 1, t_q, t_k, 2, 64, fill=fill, size=size, diffuse=diffuse)
     check_attention(rng, 1, 1, t_q, t_q, 2, 64, causal=True, fill=fill, size=2.0)
 
 
-def attend_itself(rng, t_q, t_k, d):
+def attend_itself(rng, t_q, t_k, d, diffuse=False):
     """Values that give the probabilities themselves: (Tq, Tk) uint8, and the score of each key in float64."""
     q, k, _ = attention_case(rng, 1, 1, t_q, t_k, d)
     v = Tensor(np.eye(t_k, d, dtype=np.int8)[None], Grid(255.0, 0))
-    p = sk.attention(q, k, v, 1, None)[0, :, :t_k]
+    p = sk.attention(q, k, v, 1, None, diffuse=diffuse)[0, :, :t_k]
     return p, numbers(q)[0] @ numbers(k)[0].T / np.sqrt(d)
 
 
@@ -242,6 +258,25 @@ def test_probabilities_are_rounded_to_the_nearest_of_255_steps(isa, t_q, rng):
         e = np.exp(scores - scores.max(axis=1, keepdims=True))
         worst = np.abs(p - 255 * e / e.sum(axis=1, keepdims=True)).max()
         assert np.array_equal(p, np.rint(p)) and worst <= 0.5 + P_ERROR
+
+
+@pytest.mark.parametrize("t_q", [1, 5, 40])
+def test_diffused_probabilities_have_sums_rounded_to_the_nearest_of_255_steps(isa, t_q, rng):
+    for t_k in (1, 2, 17, 64):
+        p, scores = attend_itself(rng, t_q, t_k, 64, diffuse=True)
+        e = np.exp(scores - scores.max(axis=1, keepdims=True))
+        worst = np.abs(np.cumsum(p - 255 * e / e.sum(axis=1, keepdims=True), axis=1)).max()
+        assert np.array_equal(p, np.rint(p)) and p.min() >= 0 and worst <= 0.5 + SUM_ERROR
+        assert np.array_equal(p.sum(axis=1), np.full(t_q, 255))
+
+
+@pytest.mark.parametrize("t_k", [1500, 32768])
+@pytest.mark.parametrize("t_q", [1, 20])
+def test_a_flat_softmax_keeps_its_mass_only_if_diffused(isa, t_q, t_k):
+    q, k, v = (Tensor(np.full((1, t, 4), x, np.int8), Grid(0.01, 0)) for t, x in ((t_q, 1), (t_k, 1), (t_k, 100)))
+    lost, kept = (sk.attention(q, k, v, 1, None, diffuse=diffuse) for diffuse in (False, True))
+    assert not lost.any()       # each of the probabilities is less than half a step
+    np.testing.assert_allclose(kept, 1, rtol=1e-6)
 
 
 def test_attention_of_views(isa, rng):
@@ -309,7 +344,7 @@ def test_attention_keeps_to_its_arrays(compiled_isa, t_q, d, dtype, rng):
         room, out = guarded((t_q, row), dtype)
         status = lib.mg_attention_static(tensor(out, OUT_GRID), tensor(out, OUT_GRID), tensor(q, A_GRID),
                                          tensor(k, A_GRID), tensor(v, A_GRID), g, 0, row, 0, row, 0, row, width, False,
-                                         1, 1, n_head, t_q, t_k, d)
+                                         width == 0, 1, 1, n_head, t_q, t_k, d)
         assert status == lib.MG_OK and unharmed(room)
 
 
@@ -321,6 +356,7 @@ def test_results_do_not_depend_on_the_number_of_threads(compiled_isa, rng):
 
     def results():
         return [sk.attention(q, k, v, 2, OUT_GRID), sk.attention(Tensor(q.data[:, :1], q.grid), k, v, 2, OUT_GRID),
+                sk.attention(q, k, v, 2, OUT_GRID, diffuse=True),
                 sk.linear(a, w, w_scale, OUT_GRID, gelu=True), sk.layer_norm(x, *parameters, OUT_GRID),
                 sk.add(x, x, OUT_GRID)]
 
@@ -390,7 +426,7 @@ def test_the_extension_rejects_what_python_would_have_caught():
     floats_ = tensor(np.ones(4, np.float32), A_GRID)
     assert lib.mg_linear_static(good, floats_, pointer(q), x, x, null, 0, 1, 1, 1) == lib.MG_BAD_VALUE
     assert lib.mg_linear_static(good, good, pointer(q), x, x, null, 0, 1, 1, 65537) == lib.MG_BAD_VALUE
-    sizes = dict(gate_width=1, causal=0, n_batch=2, group=1, n_head=1, t_q=2, t_k=2, d=2)
+    sizes = dict(gate_width=1, causal=0, diffuse=0, n_batch=2, group=1, n_head=1, t_q=2, t_k=2, d=2)
     wrong = ({"t_k": 0}, {"group": 0}, {"n_batch": 3, "group": 2}, {"t_q": 3, "causal": 1}, {"gate_width": 3},
              {"t_k": 32769}, {"d": 32769})
     for change in wrong:

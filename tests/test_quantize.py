@@ -147,7 +147,8 @@ def test_helpers_come_one_after_the_other_and_ranges_are_those_of_what_they_made
     ranges = [m["quantization"]["ranges"]["encoder.ln_post"] for m in (metadata, plain)]
     assert ranges[0][1] == pytest.approx(ranges[1][1] + 3, abs=1e-4)
     assert metadata["quantization"]["helpers"] == {"smoothquant": 0.5, "bias_correction": False, "equalize": True,
-                                                   "rotate": True, "error_feedback": False}  # fmt: skip
+                                                   "rotate": True, "error_feedback": False,
+                                                   "error_diffusion": False}  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", checkpoint.SCHEMES)
@@ -181,7 +182,8 @@ def test_error_feedback_makes_what_every_layer_gives_err_less_in_the_same_scales
 
 @pytest.mark.parametrize("scheme", checkpoint.SCHEMES)
 def test_with_every_helper_the_file_is_accepted_and_computes_what_the_float_model_does(tmp_path, scheme):
-    options = {"equalize": True, "rotate": True, "smoothquant": 0.5, "bias_correction": True, "error_feedback": True}
+    options = {"equalize": True, "rotate": True, "smoothquant": 0.5, "bias_correction": True, "error_feedback": True,
+               "error_diffusion": scheme == "w8a8-static"}  # fmt: skip
     tensors, made, (metadata, out) = prepared(tmp_path, scheme=scheme, weights="per-channel", **options)
     path = tmp_path / "out.safetensors"
     checkpoint.write(path, metadata, out)

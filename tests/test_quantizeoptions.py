@@ -19,13 +19,13 @@ def test_everything_on_the_command_line():
     args, options, calibration = parse([
         *MINIMAL, "--calibration", "c.tsv", "--scheme", "w8a8-static", "--weights", "per-channel", "--ranges",
         "percentile", "--percentile", "99.9", "--batches", "3", "--keep-float", "paper", "decoder.ln", "--smoothquant",
-        "0.5", "--bias-correction", "--equalize", "--rotate", "--error-feedback", "--sensitivity",
-        "--auto-keep-float", "0.1", "--seed", "4", "--threads", "2"])  # fmt: skip
+        "0.5", "--bias-correction", "--equalize", "--rotate", "--error-feedback",
+        "--error-diffusion", "--sensitivity", "--auto-keep-float", "0.1", "--seed", "4", "--threads", "2"])  # fmt: skip
     assert args.calibration == "c.tsv" and args.sensitivity and args.auto_keep_float == 0.1 and args.threads == 2
     assert options == QuantizeOptions("w8a8-static", "per-channel", ("paper", "decoder.ln"), 0.5, True, True, True,
-                                      True)  # fmt: skip
+                                      True, True)  # fmt: skip
     assert options.helpers == {"smoothquant": 0.5, "bias_correction": True, "equalize": True, "rotate": True,
-                               "error_feedback": True}  # fmt: skip
+                               "error_feedback": True, "error_diffusion": True}  # fmt: skip
     assert (calibration.ranges, calibration.percentile, calibration.batches, calibration.seed) == (
         "percentile", 99.9, 3, 4)  # fmt: skip
 
@@ -54,6 +54,7 @@ def test_what_is_enough(arguments):
     ([*MINIMAL, "--scheme", "w8", "--bias-correction"], "--calibration: .* which --bias-correction needs"),
     ([*MINIMAL, "--scheme", "w8", "--sensitivity"], "--calibration: .* which --sensitivity needs"),
     ([*MINIMAL, "--scheme", "w8", "--auto-keep-float", "0"], "--calibration: .* which --auto-keep-float needs"),
+    ([*MINIMAL, "--scheme", "w8", "--error-diffusion"], "--error-diffusion: expected w8a8-static, .* got w8"),
     (["m.safetensors", "--scheme", "w8"], "--output: expected a file to write, got none"),
     (["m.safetensors", "--scheme", "w8", "--output", "x.bin"], "--output: .* ends in .safetensors, got x.bin"),
     (["--output", "o.safetensors"], "MODEL: expected a float model file, got none"),

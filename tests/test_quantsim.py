@@ -135,11 +135,12 @@ def test_rounding_is_to_the_grid_and_idempotent():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_probabilities_are_multiples_of_a_255th(causal):
+@pytest.mark.parametrize("diffuse", [False, True])
+def test_probabilities_are_multiples_of_a_255th(causal, diffuse):
     rng = np.random.default_rng(0)
     steps = [rng.integers(-200, 200, (2, t, 8)).astype(np.float32) for t in (5, 9, 9)]
     scales = [np.float32(0.02), np.float32(0.01), np.float32(0.03)]
-    got = quantsim.rounded_attention(*steps, scales, 2, causal)
+    got = quantsim.rounded_attention(*steps, scales, 2, causal, diffuse)
     q, k, v = (scale * x for scale, x in zip(scales, steps, strict=True))
     for b in range(2):
         for head in (slice(0, 4), slice(4, 8)):
@@ -147,7 +148,8 @@ def test_probabilities_are_multiples_of_a_255th(causal):
             if causal:
                 s = np.where(np.arange(9) <= np.arange(5)[:, None] + 4, s, -np.inf)
             p = np.exp(s) / np.exp(s).sum(-1, keepdims=True)
-            np.testing.assert_allclose(got[b, :, head], np.rint(255 * p) / 255 @ v[b, :, head], atol=1e-5)
+            whole = np.diff(np.rint(255 * np.cumsum(p, -1)), prepend=0) if diffuse else np.rint(255 * p)
+            np.testing.assert_allclose(got[b, :, head], whole / 255 @ v[b, :, head], atol=1e-5)
 
 
 def test_rows_share_a_windows_keys(monkeypatch):

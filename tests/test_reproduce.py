@@ -164,7 +164,7 @@ def test_extras_are_rows_of_their_own(folder, tmp_path, capsys):
     plain, *rows = rows_of(results).values()
     assert [row["variant"] for row in rows] == [f"w8a8-static per-tensor + {extra}" for extra in reproduce.EXTRAS]
     same = {extra for extra, row in zip(reproduce.EXTRAS, rows, strict=True) if row["outliers"] == plain["outliers"]}
-    assert same == {"bias-correction", "error-feedback", "paper"}
+    assert same == {"bias-correction", "error-feedback", "error-diffusion", "paper"}
     smallest = min(row["bytes"] for row in rows)
     assert smallest < rows[list(reproduce.EXTRAS).index("paper")]["bytes"] < plain["bytes"]
     assert capsys.readouterr().out.count("| w8a8-static per-tensor + smoothquant |") == 3

@@ -239,7 +239,7 @@ def test_corrected_biases_restore_the_mean_output():
 def test_a_model_of_every_scheme_keeps_what_the_helpers_made(tmp_path, scheme, kept):
     metadata, tensors = hearing_toy("per_head", n_audio_ctx=30)
     options = QuantizeOptions(scheme, "per-channel", smoothquant=0.5, bias_correction=True, equalize=True, rotate=True,
-                              error_feedback=True)  # fmt: skip
+                              error_feedback=True, error_diffusion=scheme == "w8a8-static")  # fmt: skip
     heard = speech(tmp_path, metadata, (0.6, 1.1))
     prepared = quantize.prepare(metadata, tensors, options, CalibrationOptions(batches=1), heard)
     checkpoint.write(tmp_path / "out.safetensors", *prepared.quantized(kept))

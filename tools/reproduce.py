@@ -7,8 +7,8 @@ usage: python tools/reproduce.py MODEL... --test MANIFEST.tsv --calibration MANI
 Models are float files. For each there is a row in float and one for every scheme: w8a8-static (the whole graph in
 integers), w8a8-dynamic, w8, and linears-only, which is w8a8-static in NumPy without the residual stream and attention,
 as most publications have it. WEIGHTS: per-tensor or per-channel; both unless told. An EXTRA makes a row of its own:
-smoothquant (0.5), equalize, bias-correction, rotate, error-feedback, or paper (the layers that the paper keeps in
-float):
+smoothquant (0.5), equalize, bias-correction, rotate, error-feedback, error-diffusion, or paper (the layers that the
+paper keeps in float):
 
     python tools/reproduce.py tiny.en.safetensors student.safetensors --test test.tsv --calibration train.tsv \\
         --results results.jsonl --schemes linears-only w8a8-static w8a8-static:per-tensor+smoothquant w8a8-dynamic w8
@@ -60,7 +60,8 @@ LINEARS_ONLY = "linears-only"
 SCHEMES = (LINEARS_ONLY, *checkpoint.SCHEMES)
 EXTRAS = {  # options of quantization
     "smoothquant": {"smoothquant": 0.5}, "equalize": {"equalize": True}, "bias-correction": {"bias_correction": True},
-    "rotate": {"rotate": True}, "error-feedback": {"error_feedback": True}, "paper": {"keep_float": ("paper",)},
+    "rotate": {"rotate": True}, "error-feedback": {"error_feedback": True},
+    "error-diffusion": {"error_diffusion": True}, "paper": {"keep_float": ("paper",)},
 }  # fmt: skip
 MOVING = ("smoothquant", "equalize", "rotate")  # change the float model's activations
 ACCENTED = ("speechocean762",)  # sources whose speakers have an accent

@@ -358,7 +358,7 @@ static void check_attention_training(size_t t_q, size_t t_k, size_t d, int causa
 }
 
 /* Float results may differ by a few probabilities of 255 that are rounded the other way at a tie, and seldom do. */
-static void check_attention_static(const struct attention *c)
+static void check_attention_static(const struct attention *c, int diffuse)
 {
     size_t row = c->n_head * c->d, n_q = c->n_batch * c->t_q, n_k = c->n_batch / c->group * c->t_k, off = 0;
     struct mg_tensor q = {.q = bytes(0, n_q, row, RANDOM, -128), .scale = 0.05f, .zero = -100};
@@ -369,7 +369,7 @@ static void check_attention_static(const struct attention *c)
         struct mg_tensor to = {.x = out[i], .scale = 0.01f, .zero = -3};
         use(i ? isa : portable);
         mg_attention_static(&to, NULL, &q, &k, &v, NULL, c->t_q * row, row, c->t_k * row, row, c->t_k * row, row, 0,
-                            c->causal, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
+                            c->causal, diffuse, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
     }
     for (size_t i = 0; i < n_q * row; i++)
         off += out[0][i] != out[1][i];
@@ -424,5 +424,6 @@ void check_interface(void)
             check_attention_training(t_q, t_q + 7, 2 * t_q + 1, causal);
     start_of("attention_static");
     for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++)
-        check_attention_static(&CASES[i]);
+        for (int diffuse = 0; diffuse < 2; diffuse++)
+            check_attention_static(&CASES[i], diffuse);
 }

@@ -182,28 +182,30 @@ static const int32_t *score_of(const int32_t *scores, size_t stride, size_t j)
     return scores + j / MG_PANEL * stride + j % MG_PANEL;
 }
 
-/* p in float64, from scores of which MG_PANEL at a time are dense. */
-static void check_weigh(size_t n, size_t stride, double unit)
+/* p in float64, from scores of which MG_PANEL at a time are dense; diffused: the sums of p. */
+static void check_weigh(size_t n, size_t stride, double unit, int diffused)
 {
     static double e[4096];
     size_t room = (mg_round_up(n, MG_PANEL) / MG_PANEL - 1) * stride + MG_PANEL;
     int32_t *scores = (int32_t *)bytes(0, room, sizeof *scores, RANDOM, -128), top = INT32_MIN;
     uint8_t *p = output(1, n);
     uint32_t total = 0;
-    double sum = 0.0;
+    double sum = 0.0, so_far = 0.0;
     for (size_t i = 0; i < room; i++)
         scores[i] >>= 12;               /* what stands beyond n too */
     for (size_t j = 0; j < n; j++)
         top = *score_of(scores, stride, j) > top ? *score_of(scores, stride, j) : top;
     for (size_t j = 0; j < n; j++)
         sum += e[j] = exp2((*score_of(scores, stride, j) - top) * unit);
-    uint32_t got = isa->int8->weigh(p, scores, stride, n, (float)unit);
+    uint32_t got = (diffused ? isa->int8->weigh_diffused : isa->int8->weigh)(p, scores, stride, n, (float)unit);
     for (size_t j = 0; j < n; j++) {
         total += p[j];
-        if (!(fabs(p[j] - 255.0 * e[j] / sum) <= 0.5 + P_ERROR))
-            fail("n, stride %zu, %zu: element %zu is %d, expected %g", n, stride, j, p[j], 255.0 * e[j] / sum);
+        so_far += 255.0 * e[j] / sum;
+        double wanted = diffused ? so_far - (total - p[j]) : 255.0 * e[j] / sum;
+        if (!(fabs(p[j] - wanted) <= 0.5 + P_ERROR))
+            fail("n, stride %zu, %zu: element %zu is %d, expected %g", n, stride, j, p[j], wanted);
     }
-    if (total != got)
+    if (total != got || (diffused && total != 255))
         fail("n, stride %zu, %zu: sum %u, expected %u", n, stride, got, total);
     intact(p);
 }
@@ -251,11 +253,12 @@ void check_int8_rows(void)
         for (size_t d = 0; d < N_SMALL; d++)
             for (enum fill fill = 0; fill < ZERO_ROW; fill++)
                 check_sum_values(SIZES[s], SIZES[d], fill);
-    start_of("weigh");
+    start_of("weigh, weigh_diffused");
     for (size_t s = 0; s < N_SIZES; s++)
         for (double unit = 1e-8; unit < 1.0; unit *= 30.0)
             for (size_t stride = MG_PANEL; stride <= 4 * MG_PANEL; stride += 3 * MG_PANEL)
-                check_weigh(SIZES[s], stride, unit);
+                for (int diffused = 0; diffused < 2; diffused++)
+                    check_weigh(SIZES[s], stride, unit, diffused);
     start_of("weigh_some");
     for (size_t n = 1; n <= MG_WEIGHED; n += n < 70 || n > 250 ? 1 : 9)
         for (double unit = 1e-8; unit < 1.0; unit *= 30.0)
