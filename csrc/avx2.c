@@ -115,7 +115,7 @@ MG_INLINE TARGET void write_numbers(const struct mg_target *t, __m256 x, size_t 
     store_bytes(t->q + i, _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(t->zero)), n - i);
 }
 
-TARGET static void finish(const struct mg_finish *f, size_t n)
+TARGET void mg_avx2_finish(const struct mg_finish *f, size_t n)
 {
     int residual = f->residual.x != NULL || f->residual.q != NULL;
     for (size_t i = 0; i < n; i += LANES) {
@@ -130,7 +130,7 @@ TARGET static void finish(const struct mg_finish *f, size_t n)
     }
 }
 
-TARGET static float quantize_row(int8_t *q, const float *x, size_t n)
+TARGET float mg_avx2_quantize_row(int8_t *q, const float *x, size_t n)
 {
     __m256 tops = _mm256_setzero_ps();
     for (size_t i = 0; i < n; i += LANES)
@@ -147,7 +147,7 @@ TARGET static float quantize_row(int8_t *q, const float *x, size_t n)
     return top / 127.0f;
 }
 
-TARGET static void layer_norm_row(float *out, const float *x, const float *weight, const float *bias, float eps,
+TARGET void mg_avx2_layer_norm_row(float *out, const float *x, const float *weight, const float *bias, float eps,
                                   size_t n)
 {
     __m256 sum = _mm256_setzero_ps(), squares = _mm256_setzero_ps();
@@ -174,9 +174,9 @@ const struct mg_kernels mg_avx2 = {
     .row_bytes = mg_avx2_row_bytes,
     .pack_rows = mg_avx2_pack_rows,
     .dot_panel = mg_avx2_dot_panel,
-    .finish = finish,
-    .quantize_row = quantize_row,
-    .layer_norm_row = layer_norm_row,
+    .finish = mg_avx2_finish,
+    .quantize_row = mg_avx2_quantize_row,
+    .layer_norm_row = mg_avx2_layer_norm_row,
     .max_queries = 24,
     .few_queries = 6,
     .attend_floats = mg_avx2_attend_floats,

@@ -83,7 +83,7 @@ MG_INLINE TARGET void write_bytes(uint8_t *p, __m256i x, size_t n)
         memcpy(p, &eight, n);
 }
 
-TARGET static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
+TARGET uint32_t mg_avx2_weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
 {
     float sum = raise(scores, stride, n, largest(scores, stride, n), unit);
     __m256 scale = _mm256_set1_ps(255.0f / sum);
@@ -109,7 +109,7 @@ MG_INLINE TARGET __m256i sums_so_far(__m256i x)
     return _mm256_add_epi32(x, _mm256_shuffle_epi32(_mm256_permute2x128_si256(x, x, 0x08), 0xff));
 }
 
-TARGET static uint32_t weigh_diffused(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
+TARGET uint32_t mg_avx2_weigh_diffused(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
 {
     const __m256i last = _mm256_set1_epi32(LANES - 1), back = _mm256_setr_epi32(7, 0, 1, 2, 3, 4, 5, 6);
     float sum = raise(scores, stride, n, largest(scores, stride, n), unit);
@@ -167,7 +167,7 @@ MG_INLINE TARGET float weigh_vectors(uint8_t *p, const int32_t *scores, size_t s
     return sum;
 }
 
-TARGET static float weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
+TARGET float mg_avx2_weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
                                float scale, float *top)
 {
     if (n == MG_WEIGHED)
@@ -196,7 +196,7 @@ MG_INLINE TARGET __m256i sums_of(const __m256i *c)
     return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
 }
 
-TARGET static void score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
+TARGET void mg_avx2_score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
                               size_t d)
 {
     for (size_t j = 0; j < n; j += LANES) {
@@ -218,7 +218,7 @@ TARGET static void score_keys(int32_t *scores, const int8_t *q, int32_t zero, co
 }
 
 /* Two values at a time, 16 of their elements; most weights are zero. */
-TARGET static void sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d)
+TARGET void mg_avx2_sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d)
 {
     for (size_t i = 0; i < d; i += 16) {
         __m256i low = _mm256_setzero_si256(), high = low;
@@ -241,10 +241,10 @@ const struct mg_int8_attention mg_avx2_int8 = {
     .score_panel = mg_avx2_score_panel,
     .sum_panel = mg_avx2_sum_panel,
     .value_panel = mg_avx2_sum_panel,
-    .score_keys = score_keys,
-    .weigh = weigh,
-    .weigh_diffused = weigh_diffused,
-    .weigh_some = weigh_some,
-    .sum_values = sum_values,
+    .score_keys = mg_avx2_score_keys,
+    .weigh = mg_avx2_weigh,
+    .weigh_diffused = mg_avx2_weigh_diffused,
+    .weigh_some = mg_avx2_weigh_some,
+    .sum_values = mg_avx2_sum_values,
 };
 #endif

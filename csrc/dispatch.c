@@ -10,6 +10,12 @@
 
 enum { CHIP = 1, SAVED = 2, ALLOWED = 4, USABLE = 7 };
 
+/* The fastest stands last. */
+struct isa {
+    const struct mg_kernels *kernels;
+    const char *needs;          /* features */
+};
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #if defined(__linux__)
@@ -30,6 +36,7 @@ static const struct {
 } features[] = {
     {"avx2", 7, 0, EBX, 5, XMM_YMM},
     {"fma", 1, 0, ECX, 12, XMM_YMM},
+    {"avxvnni", 7, 1, EAX, 4, XMM_YMM},
     {"avx512f", 7, 0, EBX, 16, ZMM},
     {"avx512bw", 7, 0, EBX, 30, ZMM},
     {"avx512dq", 7, 0, EBX, 17, ZMM},
@@ -82,12 +89,22 @@ const char *mg_feature_name(size_t i)
 }
 
 #define AVX512VNNI "avx2 fma avx512f avx512bw avx512dq avx512vl avx512vnni"
-#ifdef MG_AMX
-static const struct mg_kernels *const isas[] = {&mg_portable, &mg_avx2, &mg_avx512vnni, &mg_amx};
+#ifdef MG_EVEX_VNNI
+#define AVXVNNI AVX512VNNI
 #else
-static const struct mg_kernels *const isas[] = {&mg_portable, &mg_avx2, &mg_avx512vnni};
+#define AVXVNNI "avx2 fma avxvnni"
 #endif
-static const char *const needs[] = {"", "avx2 fma", AVX512VNNI, AVX512VNNI " amx_tile amx_int8"};
+static const struct isa isas[] = {
+    {&mg_portable, ""},
+    {&mg_avx2, "avx2 fma"},
+#ifdef MG_AVXVNNI
+    {&mg_avxvnni, AVXVNNI},
+#endif
+    {&mg_avx512vnni, AVX512VNNI},
+#ifdef MG_AMX
+    {&mg_amx, AVX512VNNI " amx_tile amx_int8"},
+#endif
+};
 
 #elif defined(__aarch64__)
 #if defined(__linux__)
@@ -118,12 +135,13 @@ int mg_feature(size_t i)
 
 const char *mg_feature_name(size_t i) { return i < sizeof features / sizeof features[0] ? features[i] : NULL; }
 
+static const struct isa isas[] = {
+    {&mg_portable, ""},
+    {&mg_neon, "asimd"},
 #ifdef MG_NEON_DOT
-static const struct mg_kernels *const isas[] = {&mg_portable, &mg_neon, &mg_neondot};
-#else
-static const struct mg_kernels *const isas[] = {&mg_portable, &mg_neon};
+    {&mg_neondot, "asimd asimddp"},
 #endif
-static const char *const needs[] = {"", "asimd", "asimd asimddp"};
+};
 
 #else   /* other processors run the portable code */
 
@@ -139,8 +157,7 @@ const char *mg_feature_name(size_t i)
     return NULL;
 }
 
-static const struct mg_kernels *const isas[] = {&mg_portable};
-static const char *const needs[] = {""};
+static const struct isa isas[] = {{&mg_portable, ""}};
 
 #endif
 
@@ -148,7 +165,7 @@ enum { N_ISA = sizeof isas / sizeof isas[0] };
 static _Atomic(const struct mg_kernels *) current;
 static _Atomic(const struct mg_bf16 *) current_bf16;
 
-const char *mg_isa_name(size_t i) { return i < N_ISA ? isas[i]->name : NULL; }
+const char *mg_isa_name(size_t i) { return i < N_ISA ? isas[i].kernels->name : NULL; }
 
 static int among(const char *name, const char *words)
 {
@@ -167,7 +184,7 @@ static int all_usable(const char *words)
     return 1;
 }
 
-int mg_isa_usable(size_t i) { return i < N_ISA && all_usable(needs[i]); }
+int mg_isa_usable(size_t i) { return i < N_ISA && all_usable(isas[i].needs); }
 
 /* Beside the instruction set: some processors with VNNI have it, some have not; AMX's packs with AVX-512's. */
 static const struct mg_bf16 *bf16_of(const struct mg_kernels *kernels, int is_asked_for)
@@ -191,22 +208,28 @@ static const struct mg_bf16 *bf16_of(const struct mg_kernels *kernels, int is_as
 static int is_trusted(const struct mg_kernels *kernels)
 {
 #ifdef MG_AMX
-    return kernels != &mg_amx || mg_tiles_agree(kernels, &mg_avx512vnni);
-#else
+    if (kernels == &mg_amx)
+        return mg_products_agree(kernels, &mg_avx512vnni);
+#endif
+#ifdef MG_AVXVNNI
+    if (kernels == &mg_avxvnni)
+        return mg_products_agree(kernels, &mg_avx2);
+#endif
     (void)kernels;
     return 1;
-#endif
 }
 
 enum mg_status mg_use_isa(const char *name)
 {
     int is_asked_for = name[0] != 0;
-    for (size_t i = N_ISA; i-- > 0;)
-        if (mg_isa_usable(i) && (is_asked_for ? strcmp(name, isas[i]->name) == 0 : is_trusted(isas[i]))) {
-            atomic_store(&current_bf16, bf16_of(isas[i], is_asked_for));
-            atomic_store(&current, isas[i]);
+    for (size_t i = N_ISA; i-- > 0;) {
+        const struct mg_kernels *kernels = isas[i].kernels;
+        if (mg_isa_usable(i) && (is_asked_for ? strcmp(name, kernels->name) == 0 : is_trusted(kernels))) {
+            atomic_store(&current_bf16, bf16_of(kernels, is_asked_for));
+            atomic_store(&current, kernels);
             return MG_OK;
         }
+    }
     return MG_BAD_ISA;
 }
 

@@ -212,6 +212,16 @@ void mg_avx2_score_panel(int32_t *acc, const uint8_t *a, const int8_t *panel, co
                          size_t k);
 void mg_avx2_sum_panel(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
                        size_t k);
+void mg_avx2_finish(const struct mg_finish *f, size_t n);
+float mg_avx2_quantize_row(int8_t *q, const float *x, size_t n);
+void mg_avx2_layer_norm_row(float *out, const float *x, const float *weight, const float *bias, float eps, size_t n);
+void mg_avx2_score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
+                        size_t d);
+uint32_t mg_avx2_weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
+uint32_t mg_avx2_weigh_diffused(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
+float mg_avx2_weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
+                         float scale, float *top);
+void mg_avx2_sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d);
 size_t mg_avx2_attend_floats(size_t d);
 void mg_avx2_attend(const struct mg_attention_block *block, float *scratch);
 void mg_avx2_attend_range(const struct mg_attention_range *range);
@@ -234,12 +244,18 @@ uint32_t mg_avx512_weigh_diffused(uint8_t *p, int32_t *scores, size_t stride, si
 float mg_avx512_weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
                            float scale, float *top);
 void mg_avx512_sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d);
+/* Whether products that were not run where they were written are those of kernels that have run: trial.c. */
+int mg_products_agree(const struct mg_kernels *kernels, const struct mg_kernels *proven);
+/* For functions of this target; or as AVX-512 has it, see avxvnni.c. */
+#if defined(MG_EVEX_VNNI) || (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define MG_AVXVNNI
+extern const struct mg_kernels mg_avxvnni;
+#endif
 /* Tiles, which Linux alone hands out, for functions of their targets; or in plain C, see tests/isas/amxemulation.h. */
 #if defined(MG_AMX_EMULATED) || (defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11))
 #define MG_AMX
 extern const struct mg_kernels mg_amx;
 extern const struct mg_int8_attention mg_amx_int8;
-int mg_tiles_agree(const struct mg_kernels *kernels, const struct mg_kernels *proven);  /* trial.c */
 #endif
 #elif defined(__aarch64__)
 extern const struct mg_kernels mg_neon;

@@ -1,9 +1,11 @@
-/* Whether tiles compute what they should on this very processor.  The kernels of AMX were written without one, see
-   amx.h: before they are chosen unasked, some of their products are made and compared with those of kernels that have
-   run.  Numbers are such that every sum is exact in whatever order it is made, in bfloat16 too. */
+/* Whether products are what they should be on this very processor.  The kernels of AMX and AVX-VNNI were written without
+   one, see amx.h and avxvnni.c: before they are chosen unasked, some of their products are made and compared with those
+   of kernels that have run.  Numbers are such that every sum is exact in whatever order it is made, in bfloat16 too. */
+#if defined(__x86_64__)
 #include "amx.h"
 
-#ifdef MG_AMX
+#include <string.h>
+
 enum { MOST_ROWS = 48, MOST_K = 212, MOST_PAIRS = 64, COLUMNS = 16 * MG_BF16_PANELS };
 
 /* Any byte but -128, the i-th of a series. */
@@ -18,25 +20,25 @@ static int8_t byte_of(size_t i, unsigned series)
 /* ---- int8 ---- */
 
 struct trial {
-    int8_t a[MOST_ROWS * MOST_K], w[MG_PANEL * MOST_K], form[MOST_ROWS * MOST_K];
+    int8_t a[MOST_ROWS * MOST_K], w[MG_PANEL * MOST_K], form[MOST_ROWS * 4 * MOST_K];
     _Alignas(64) int8_t packed[MG_PANEL * (MOST_K + sizeof(int32_t))];
     int32_t start[MG_PANEL];
 };
 
-/* acc (rows, MG_PANEL), as calls.c makes it for kernels without row_bytes. */
+/* acc (rows, MG_PANEL), as calls.c makes it; zero-points are 0. */
 static void multiply(struct trial *t, int32_t *acc, const struct mg_kernels *kernels, size_t rows, size_t k)
 {
-    const size_t k4 = mg_round_up(k, 4);
-    const int32_t *sums = (const int32_t *)(t->packed + MG_PANEL * k4);
+    const size_t row = mg_row_bytes(kernels, k);
+    const int32_t *sums = (const int32_t *)(t->packed + MG_PANEL * mg_round_up(k, 4));
     for (size_t j = 0; j < MG_PANEL; j++)
         t->start[j] = 1000 * (int32_t)j - kernels->offset * sums[j];
     kernels->pack_rows(t->form, t->a, rows, k, 0);
     for (size_t r = 0; r < rows; r += kernels->max_rows)
-        kernels->dot_panel(acc + r * MG_PANEL, t->form + r * k4, t->packed, t->start,
+        kernels->dot_panel(acc + r * MG_PANEL, t->form + r * row, t->packed, t->start,
                            mg_min(kernels->max_rows, rows - r), k);
 }
 
-int mg_tiles_agree(const struct mg_kernels *kernels, const struct mg_kernels *proven)
+int mg_products_agree(const struct mg_kernels *kernels, const struct mg_kernels *proven)
 {
     static const size_t depths[] = {1, 4, 30, 64, 100, 128, MOST_K};
     static const size_t heights[] = {1, 4, 15, 16, 17, 32, MOST_ROWS};
@@ -60,6 +62,7 @@ int mg_tiles_agree(const struct mg_kernels *kernels, const struct mg_kernels *pr
     return 1;
 }
 
+#ifdef MG_AMX
 /* ---- bfloat16 ---- */
 
 struct bf16_trial {
@@ -103,4 +106,5 @@ int mg_bf16_tiles_agree(const struct mg_bf16 *kernels, const struct mg_bf16 *pro
     }
     return 1;
 }
+#endif
 #endif

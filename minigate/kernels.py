@@ -69,7 +69,8 @@ def features() -> dict[str, tuple[bool, bool, bool]]:
 
 
 def use_isa(name: str = "") -> str:
-    """Runs all kernels on an instruction set from now on ("": the fastest, amx if it passes csrc/trial.c); -> its name.
+    """Runs all kernels on an instruction set from now on ("": the fastest, amx and avxvnni if they pass
+    csrc/trial.c); -> its name.
 
     Raises UsageError if it is unknown or this process may not use it."""
     global _isa

@@ -3,7 +3,8 @@
 # usage: bash tests/rebuilt.sh FOLDER HOW     (gcc; run with the interpreter whose packages are to be used on the PATH)
 #
 #   sanitized   the kernel tests under AddressSanitizer and UBSan
-#   emulated    all that runs on AMX, whose tiles are plain C here (tests/isas/amxemulation.h), and the sample transcribed
+#   emulated    all that runs on AMX, whose tiles are plain C here (tests/isas/amxemulation.h), and on AVX-VNNI, whose
+#               instruction is AVX-512's here; and the sample transcribed on both
 set -euo pipefail
 folder=$1 how=$2
 mkdir -p "$folder"
@@ -20,13 +21,13 @@ sanitized)
     python -m pytest -q -p no:cacheprovider tests/test_kernels*.py tests/test_csrc.py
     ;;
 emulated)
-    build "-DMG_AMX_EMULATED -I$PWD/tests/isas"
+    build "-DMG_AMX_EMULATED -DMG_EVEX_VNNI -I$PWD/tests/isas"
     if [ "$(python -c 'from minigate import kernels; print(kernels.use_isa())')" != amx ]; then
-        echo "not to be emulated: avx512vnni, which runs the rest of AMX's kernels, is not usable"
+        echo "not to be emulated: avx512vnni, which runs the rest of AMX's kernels and AVX-VNNI's products, is not usable"
         exit 0
     fi
-    python -m pytest -q -p no:cacheprovider -k amx --ignore=tests/test_isas.py tests
-    python -m minigate.transcribe weights/sample.wav
+    python -m pytest -q -p no:cacheprovider -k 'amx or avxvnni' --ignore=tests/test_isas.py tests
+    for isa in amx avxvnni; do MINIGATE_ISA=$isa python -m minigate.transcribe weights/sample.wav; done
     ;;
 *)
     echo "rebuilt.sh: expected sanitized or emulated, got $how" >&2

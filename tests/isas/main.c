@@ -148,6 +148,28 @@ static void check_trial(const char *others)
 }
 #endif
 
+#ifdef MG_EVEX_VNNI
+static size_t wrong_rows;
+
+/* A sum is one too large, in products of so many rows. */
+static void wrong_panel(int32_t *acc, const int8_t *a, const int8_t *panel, const int32_t *start, size_t rows, size_t k)
+{
+    mg_avxvnni.dot_panel(acc, a, panel, start, rows, k);
+    acc[rows * MG_PANEL - 1] += rows == wrong_rows;
+}
+
+static void check_trial_of_vnni(void)
+{
+    struct mg_kernels wrong = mg_avxvnni;
+    wrong.dot_panel = wrong_panel;
+    if (!mg_products_agree(&mg_avxvnni, &mg_avx2) || !mg_products_agree(&wrong, &mg_avx2))
+        fail("avxvnni's products are not avx2's");
+    for (wrong_rows = 1; wrong_rows <= mg_avxvnni.max_rows; wrong_rows++)
+        if (mg_products_agree(&wrong, &mg_avx2))
+            fail("a wrong sum in products of %zu rows passes the trial", wrong_rows);
+}
+#endif
+
 /* The usable ones are those that were named. */
 static void check_detection(int n, char **names)
 {
@@ -166,6 +188,9 @@ static void check_detection(int n, char **names)
         fail("%s is chosen, expected %s", mg_isa(), names[n - 1]);
 #ifdef MG_AMX_EMULATED
     check_trial(names[n - 2]);
+#endif
+#ifdef MG_EVEX_VNNI
+    check_trial_of_vnni();
 #endif
 }
 
