@@ -31,3 +31,4 @@ def test_every_model_hears_the_sample(name):
 def test_the_gated_student_is_whole_in_integers():
     how = minigate.load("tiny.en-gated-w8a8").metadata["quantization"]
     assert (how["scheme"], how["weights"], how["keep_float"]) == ("w8a8-static", "per-tensor", [])
+    assert how["helpers"]["error_diffusion"]

@@ -150,7 +150,8 @@ class Work:
                  "language": self.args.language, "normaliser": wer.load_normaliser()[0],
                  "outlier_utterances": OUTLIER_UTTERANCES}  # fmt: skip
         if variant != FLOAT:
-            facts["options"] = asdict(variant.options)
+            usual = asdict(QuantizeOptions())  # so that an option that is new changes no key of a row without it
+            facts["options"] = {k: v for k, v in asdict(variant.options).items() if v != usual[k]}
         if variant != FLOAT and variant.options.needs_speech:
             facts |= {"calibration": self.hashes["calibration"], **asdict(self.calibration)}
         elif "rotate" in variant.extras:
