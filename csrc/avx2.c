@@ -148,7 +148,7 @@ TARGET float mg_avx2_quantize_row(int8_t *q, const float *x, size_t n)
 }
 
 TARGET void mg_avx2_layer_norm_row(float *out, const float *x, const float *weight, const float *bias, float eps,
-                                  size_t n)
+                                   size_t n)
 {
     __m256 sum = _mm256_setzero_ps(), squares = _mm256_setzero_ps();
     for (size_t i = 0; i < n; i += LANES)

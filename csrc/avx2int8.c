@@ -168,7 +168,7 @@ MG_INLINE TARGET float weigh_vectors(uint8_t *p, const int32_t *scores, size_t s
 }
 
 TARGET float mg_avx2_weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
-                               float scale, float *top)
+                                float scale, float *top)
 {
     if (n == MG_WEIGHED)
         return weigh_vectors(p, scores, stride, key_scale, MG_WEIGHED, scale, top, 1);
@@ -197,7 +197,7 @@ MG_INLINE TARGET __m256i sums_of(const __m256i *c)
 }
 
 TARGET void mg_avx2_score_keys(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
-                              size_t d)
+                               size_t d)
 {
     for (size_t j = 0; j < n; j += LANES) {
         __m256i c[LANES];

@@ -14,6 +14,7 @@ enum { CHIP = 1, SAVED = 2, ALLOWED = 4, USABLE = 7 };
 struct isa {
     const struct mg_kernels *kernels;
     const char *needs;          /* features */
+    const struct mg_kernels *proven;    /* NULL, or with which its products have to agree before it is chosen unasked */
 };
 
 #if defined(__x86_64__)
@@ -95,14 +96,14 @@ const char *mg_feature_name(size_t i)
 #define AVXVNNI "avx2 fma avxvnni"
 #endif
 static const struct isa isas[] = {
-    {&mg_portable, ""},
-    {&mg_avx2, "avx2 fma"},
+    {&mg_portable, "", NULL},
+    {&mg_avx2, "avx2 fma", NULL},
 #ifdef MG_AVXVNNI
-    {&mg_avxvnni, AVXVNNI},
+    {&mg_avxvnni, AVXVNNI, &mg_avx2},
 #endif
-    {&mg_avx512vnni, AVX512VNNI},
+    {&mg_avx512vnni, AVX512VNNI, NULL},
 #ifdef MG_AMX
-    {&mg_amx, AVX512VNNI " amx_tile amx_int8"},
+    {&mg_amx, AVX512VNNI " amx_tile amx_int8", &mg_avx512vnni},
 #endif
 };
 
@@ -136,10 +137,10 @@ int mg_feature(size_t i)
 const char *mg_feature_name(size_t i) { return i < sizeof features / sizeof features[0] ? features[i] : NULL; }
 
 static const struct isa isas[] = {
-    {&mg_portable, ""},
-    {&mg_neon, "asimd"},
+    {&mg_portable, "", NULL},
+    {&mg_neon, "asimd", NULL},
 #ifdef MG_NEON_DOT
-    {&mg_neondot, "asimd asimddp"},
+    {&mg_neondot, "asimd asimddp", NULL},
 #endif
 };
 
@@ -157,7 +158,7 @@ const char *mg_feature_name(size_t i)
     return NULL;
 }
 
-static const struct isa isas[] = {{&mg_portable, ""}};
+static const struct isa isas[] = {{&mg_portable, "", NULL}};
 
 #endif
 
@@ -204,19 +205,16 @@ static const struct mg_bf16 *bf16_of(const struct mg_kernels *kernels, int is_as
     return NULL;
 }
 
+const struct mg_kernels *mg_isa_proven(size_t i) { return isas[i].proven; }
+
 /* Whether to choose it unasked: what was written without its processor has to pass a trial there (trial.c). */
-static int is_trusted(const struct mg_kernels *kernels)
+static int is_trusted(const struct isa *isa)
 {
-#ifdef MG_AMX
-    if (kernels == &mg_amx)
-        return mg_products_agree(kernels, &mg_avx512vnni);
+#if defined(__x86_64__)
+    return isa->proven == NULL || mg_products_agree(isa->kernels, isa->proven);
+#else
+    return isa->proven == NULL;
 #endif
-#ifdef MG_AVXVNNI
-    if (kernels == &mg_avxvnni)
-        return mg_products_agree(kernels, &mg_avx2);
-#endif
-    (void)kernels;
-    return 1;
 }
 
 enum mg_status mg_use_isa(const char *name)
@@ -224,7 +222,7 @@ enum mg_status mg_use_isa(const char *name)
     int is_asked_for = name[0] != 0;
     for (size_t i = N_ISA; i-- > 0;) {
         const struct mg_kernels *kernels = isas[i].kernels;
-        if (mg_isa_usable(i) && (is_asked_for ? strcmp(name, kernels->name) == 0 : is_trusted(kernels))) {
+        if (mg_isa_usable(i) && (is_asked_for ? strcmp(name, kernels->name) == 0 : is_trusted(&isas[i]))) {
             atomic_store(&current_bf16, bf16_of(kernels, is_asked_for));
             atomic_store(&current, kernels);
             return MG_OK;

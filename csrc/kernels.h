@@ -134,8 +134,8 @@ struct mg_int8_attention {
     uint32_t (*weigh)(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
 
     /* The same, but that each score takes over what rounding left of those before it:
-       p[j] = r(j) - r(j - 1), r(j) = rint(255 * sum_{i <= j} softmax_i), half up; sums are exact in
-       MG_DIFFUSED_BITS binary places. */
+       p[j] = r(j) - r(j - 1), r(j) = floor(1/2 + 255 * sum_{i <= j} softmax_i), each of the terms rounded to
+       MG_DIFFUSED_BITS binary places before it is added. */
     uint32_t (*weigh_diffused)(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit);
 
     /* Of n scores, 1 to MG_WEIGHED, as base-2 logarithms: x[j] = scale * key_scale[j] * scores[j], scale and key_scale at
@@ -244,10 +244,18 @@ uint32_t mg_avx512_weigh_diffused(uint8_t *p, int32_t *scores, size_t stride, si
 float mg_avx512_weigh_some(uint8_t *p, const int32_t *scores, size_t stride, const float *key_scale, size_t n,
                            float scale, float *top);
 void mg_avx512_sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, size_t v_row, size_t n, size_t d);
-/* Whether products that were not run where they were written are those of kernels that have run: trial.c. */
+/* Whether products that were not run where they were written are those of kernels that have run: trial.c.  No, too, if
+   there is no memory to try. */
 int mg_products_agree(const struct mg_kernels *kernels, const struct mg_kernels *proven);
 /* For functions of this target; or as AVX-512 has it, see avxvnni.c. */
-#if defined(MG_EVEX_VNNI) || (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#if defined(__apple_build_version__)
+#define MG_KNOWS_AVXVNNI (__clang_major__ >= 13)        /* Apple counts by itself */
+#elif defined(__clang__)
+#define MG_KNOWS_AVXVNNI (__clang_major__ >= 12)
+#else
+#define MG_KNOWS_AVXVNNI (__GNUC__ >= 11)
+#endif
+#if MG_KNOWS_AVXVNNI || defined(MG_EVEX_VNNI)
 #define MG_AVXVNNI
 extern const struct mg_kernels mg_avxvnni;
 #endif
@@ -278,6 +286,7 @@ extern const struct mg_int8_attention mg_neondot_int8;
 #endif
 
 const struct mg_kernels *mg_kernels(void);
+const struct mg_kernels *mg_isa_proven(size_t i);   /* what mg_isa_name(i) is tried against, or NULL */
 
 /* What mg_attention is asked for, see api.h. */
 struct mg_attention_call {

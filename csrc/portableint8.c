@@ -78,21 +78,18 @@ static float raise(int32_t *scores, size_t stride, size_t n, float unit)
     return mg_total(lanes);
 }
 
-/* Number j of those that raise left. */
-static float raised(const int32_t *scores, size_t stride, size_t j)
-{
-    float e;
-    memcpy(&e, scores + j / MG_PANEL * stride + j % MG_PANEL, sizeof e);
-    return e;
-}
-
 static uint32_t weigh(uint8_t *p, int32_t *scores, size_t stride, size_t n, float unit)
 {
     float scale = 255.0f / raise(scores, stride, n, unit);
     uint32_t total = 0;
-    for (size_t j = 0; j < n; j++) {
-        p[j] = (uint8_t)(raised(scores, stride, j) * scale + ROUND - ROUND);
-        total += p[j];
+    for (size_t j = 0; j < n; j += MG_PANEL) {
+        float e[MG_PANEL];
+        size_t size = mg_min(MG_PANEL, n - j);
+        memcpy(e, scores + j / MG_PANEL * stride, size * sizeof *e);
+        for (size_t i = 0; i < size; i++) {
+            p[j + i] = (uint8_t)(e[i] * scale + ROUND - ROUND);
+            total += p[j + i];
+        }
     }
     return total;
 }
@@ -102,7 +99,9 @@ static uint32_t weigh_diffused(uint8_t *p, int32_t *scores, size_t stride, size_
     float scale = (float)(255 << MG_DIFFUSED_BITS) / raise(scores, stride, n, unit);
     uint32_t sum = 1 << (MG_DIFFUSED_BITS - 1), before = 0;
     for (size_t j = 0; j < n; j++) {
-        sum += (uint32_t)(raised(scores, stride, j) * scale + 0.5f);
+        float e;
+        memcpy(&e, scores + j / MG_PANEL * stride + j % MG_PANEL, sizeof e);
+        sum += (uint32_t)lrintf(e * scale);
         p[j] = (uint8_t)((sum >> MG_DIFFUSED_BITS) - before);
         before = sum >> MG_DIFFUSED_BITS;
     }

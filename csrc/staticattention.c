@@ -1,5 +1,6 @@
 /* Attention in int8: scores and sums of values exact, the softmax between them in float32 over all keys of a query, its
-   probabilities rounded to uint8, each to the nearest or with what was left of those before it.  A task is a block of queries of one head.
+   probabilities rounded to uint8, each to the nearest or with what was left of those before it.  A task is a block of
+   queries of one head.
 
    Many queries share keys: these, and the values, are packed once into panels like weights, and max_rows queries at a
    time are multiplied with them.  A few queries, as in decoding, read keys and values where they are.  What is left out
@@ -168,12 +169,12 @@ static void attend_rows(const struct attention *job, const struct room *room, si
         int8->score_keys(room->scores, query_of(job, index, head), job->q_zero, job->k + batch * job->k_batch + column,
                          job->k_row, n_keys, job->d);
     }
-    uint32_t total[TILE], (*weigh)(uint8_t *, int32_t *, size_t, size_t, float) =
-        job->diffuse ? int8->weigh_diffused : int8->weigh;
+    uint32_t total[TILE];
     for (size_t r = 0; r < rows; r++) {
         size_t seen = seen_by(job, index + r);
         uint8_t *p = room->p + r * p_row;
-        total[r] = weigh(p, room->scores + r * MG_PANEL, step, seen, job->unit);
+        total[r] = (job->diffuse ? int8->weigh_diffused : int8->weigh)(p, room->scores + r * MG_PANEL, step, seen,
+                                                                       job->unit);
         memset(p + seen, 0, p_row - seen);
     }
     if (job->packed != NULL)

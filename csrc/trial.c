@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-enum { MOST_ROWS = 48, MOST_K = 212, MOST_PAIRS = 64, COLUMNS = 16 * MG_BF16_PANELS };
+enum { MOST_ROWS = 48, MOST_K = 212, MOST_FORM = 4 * MOST_K, MOST_PAIRS = 64, COLUMNS = 16 * MG_BF16_PANELS };
 
 /* Any byte but -128, the i-th of a series. */
 static int8_t byte_of(size_t i, unsigned series)
@@ -20,7 +20,9 @@ static int8_t byte_of(size_t i, unsigned series)
 /* ---- int8 ---- */
 
 struct trial {
-    int8_t a[MOST_ROWS * MOST_K], w[MG_PANEL * MOST_K], form[MOST_ROWS * 4 * MOST_K];
+    int32_t acc[MOST_ROWS * MG_PANEL], wanted[MOST_ROWS * MG_PANEL];
+    _Alignas(64) int8_t form[MOST_ROWS * MOST_FORM];
+    int8_t a[MOST_ROWS * MOST_K], w[MG_PANEL * MOST_K];
     _Alignas(64) int8_t packed[MG_PANEL * (MOST_K + sizeof(int32_t))];
     int32_t start[MG_PANEL];
 };
@@ -38,28 +40,37 @@ static void multiply(struct trial *t, int32_t *acc, const struct mg_kernels *ker
                            mg_min(kernels->max_rows, rows - r), k);
 }
 
-int mg_products_agree(const struct mg_kernels *kernels, const struct mg_kernels *proven)
+static int agree(struct trial *t, const struct mg_kernels *kernels, const struct mg_kernels *proven)
 {
     static const size_t depths[] = {1, 4, 30, 64, 100, 128, MOST_K};
     static const size_t heights[] = {1, 4, 15, 16, 17, 32, MOST_ROWS};
     enum { DEPTHS = sizeof depths / sizeof depths[0], HEIGHTS = sizeof heights / sizeof heights[0] };
-    struct trial t;
-    int32_t acc[MOST_ROWS * MG_PANEL], wanted[MOST_ROWS * MG_PANEL];
+    if (mg_max(mg_row_bytes(kernels, MOST_K), mg_row_bytes(proven, MOST_K)) > MOST_FORM)
+        return 0;
     for (unsigned i = 0; i < DEPTHS * HEIGHTS; i++) {
         size_t k = depths[i / HEIGHTS], rows = heights[i % HEIGHTS];
         for (size_t j = 0; j < rows * k; j++)
-            t.a[j] = byte_of(j, 2 * i);
+            t->a[j] = byte_of(j, 2 * i);
         for (size_t j = 0; j < MG_PANEL * k; j++)
-            t.w[j] = byte_of(j, 2 * i + 1);
-        if (mg_pack_int8(t.packed, t.w, MG_PANEL, k) != MG_OK)
+            t->w[j] = byte_of(j, 2 * i + 1);
+        if (mg_pack_int8(t->packed, t->w, MG_PANEL, k) != MG_OK)
             return 0;
-        multiply(&t, wanted, proven, rows, k);
-        memset(acc, 1, sizeof acc);
-        multiply(&t, acc, kernels, rows, k);
-        if (memcmp(acc, wanted, rows * MG_PANEL * sizeof *acc) != 0)
+        multiply(t, t->wanted, proven, rows, k);
+        memset(t->acc, 1, sizeof t->acc);
+        multiply(t, t->acc, kernels, rows, k);
+        if (memcmp(t->acc, t->wanted, rows * MG_PANEL * sizeof *t->acc) != 0)
             return 0;
     }
     return 1;
+}
+
+int mg_products_agree(const struct mg_kernels *kernels, const struct mg_kernels *proven)
+{
+    struct trial *t = mg_take_memory(sizeof *t);        /* too much for some stacks */
+    int good = t != NULL && agree(t, kernels, proven);
+    if (t != NULL)
+        mg_give_memory(t);
+    return good;
 }
 
 #ifdef MG_AMX

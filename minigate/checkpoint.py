@@ -235,6 +235,9 @@ def _check_quantization(where: str | Path, metadata: Mapping) -> None:
     helpers = quantization.get("helpers")
     _want(f"{where}: helpers", helpers is None or isinstance(helpers, dict) and set(helpers) <= set(HELPERS),
           f"an object with any of {', '.join(HELPERS)}", helpers)
+    diffuses = (helpers or {}).get("error_diffusion", False)  # which says how to compute
+    _want(f"{where}: helpers: error_diffusion", diffuses is False or diffuses is True and scheme == "w8a8-static",
+          "false, or true in w8a8-static", diffuses)
     if scheme == "w8a8-static":
         _check_ranges(f"{where}: ranges", quantization.get("ranges"), graph.points(dims, metadata["gate"]["kind"]))
         calibration = quantization.get("calibration")

@@ -118,7 +118,7 @@ def held_float(metadata: Mapping) -> set[str]:
 
 def diffuses(metadata: Mapping) -> bool:
     """Whether a `w8a8-static` model's probabilities are rounded with what was left of those before."""
-    return bool((metadata["quantization"].get("helpers") or {}).get("error_diffusion"))
+    return (metadata["quantization"].get("helpers") or {}).get("error_diffusion", False)
 
 
 def grid(low: float, high: float) -> tuple[np.float32, int]:

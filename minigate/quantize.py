@@ -64,8 +64,8 @@ def quantized(metadata: Mapping, tensors: Mapping[str, np.ndarray], scheme: str,
     """A float model -> metadata with its quantization, tensors. What stays float is float16 where that loses nothing.
 
     keep_float: as `graph.expand_keep_float` takes it; only what `checkpoint.keepable` names counts.
-    helpers: what was done to the tensors before. found: what calibration adds. UsageError for a model that is quantized
-    already, or a layer that there is not.
+    helpers: what was done to the tensors before, and error_diffusion, which the kernels do. found: what calibration
+    adds. UsageError for a model that is quantized already, or a layer that there is not.
     """
     check_float(metadata)
     metadata = with_quantization(metadata, scheme, weights, keep_float, helpers, found)
@@ -75,10 +75,13 @@ def quantized(metadata: Mapping, tensors: Mapping[str, np.ndarray], scheme: str,
 def with_quantization(metadata: Mapping, scheme: str, weights: str, keep_float: Iterable[str],
                       helpers: Mapping | None = None, found: Mapping | None = None) -> dict:  # fmt: skip
     """A float model's metadata -> that of the quantized one; arguments as of `quantized`."""
+    helpers = {**NO_HELPERS, **(helpers or {})}
+    if helpers["error_diffusion"] and scheme != "w8a8-static":
+        raise UsageError(f"helpers: expected no error_diffusion in {scheme}, got it")
     layers = checkpoint.keepable(metadata["dims"], scheme)
     kept = [module for module in graph.expand_keep_float(keep_float, metadata["dims"]) if module in layers]
     quantization = {"scheme": scheme, "weights": weights, "keep_float": kept,
-                    "helpers": {**NO_HELPERS, **(helpers or {})}, **(found or {})}  # fmt: skip
+                    "helpers": helpers, **(found or {})}  # fmt: skip
     return {**metadata, "quantization": quantization}
 
 

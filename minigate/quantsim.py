@@ -25,7 +25,7 @@ from minigate.ranges import Record
 from minigate.static_reference import diffused
 
 P_STEPS = 255  # probabilities are multiples of 1/255
-QUERIES = 256  # whose probabilities are in memory at a time, each H * Tk
+QUERIES = 256  # whose probabilities are in memory at a time, each H * Tk; eight times that where they are diffused
 LOGITS = "decoder.token_embedding"  # the linear whose result is no point
 
 
@@ -284,9 +284,10 @@ def rounded(x: np.ndarray, scale: np.float32, zero_point: int) -> np.ndarray:
 
 def rounded_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scales: Sequence[float], n_head: int,
                       causal: bool, diffuse: bool = False) -> np.ndarray:  # fmt: skip
-    """softmax(q kᵀ / sqrt(d)) v with probabilities of round(255 p) / 255; shapes as in `kernels.attention`.
+    """softmax(q kᵀ / sqrt(d)) v with probabilities in steps of 1/255, to the nearest or, diffuse, by
+    `static_reference.diffused`; shapes as in `kernels.attention`.
 
-    q, k, v in steps of the three scales. diffuse: probabilities are rounded by `static_reference.diffused`.
+    q, k, v in steps of the three scales.
     """
     n_batch, t_q, n_state = q.shape
     t_k, d = k.shape[1], n_state // n_head

@@ -179,8 +179,8 @@ def _rows(name: str, x, n_batch=None, t=None, n_state=None) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, n_head: int, out: Grid | None, causal=False, gate=None,
               ungated: Grid | None = None, diffuse=False) -> np.ndarray:
-    """P v * gate, P = round(255 softmax(q kᵀ / sqrt(D / H))) / 255, head by head -> (B, Tq, D), without a Tq x Tk
-    matrix in memory. diffuse: P is rounded by `static_reference.diffused`.
+    """P v * gate, P = softmax(q kᵀ / sqrt(D / H)) in steps of 1/255, to the nearest or, diffuse, by
+    `static_reference.diffused`; head by head -> (B, Tq, D), without a Tq x Tk matrix in memory.
 
     q (B, Tq, D); k, v (Bk, Tk, D), all int8; Bk divides B and row b attends to k[b // (B // Bk)]; views with strides
     will do. gate: None, or (B, Tq, H) or (B, Tq, D) float32; then P v is rounded to the grid `ungated` before it is

@@ -95,10 +95,10 @@ def _probabilities(scores, unit, diffuse):
 
 
 def diffused(p):
-    """p (..., Tk) float32, 0 or more -> whole numbers int64, each with what rounding left of those before it: all sums
-    from the first on are rounded right, and none of many small ones is lost.
+    """p (..., Tk) float32, 0 or more -> whole numbers int64, each with what rounding left of those before it: it is all
+    sums from the first on that are rounded, and none of many small ones is lost.
 
-    Error diffusion in one dimension (Floyd and Steinberg, Proc. SID 17, 1976). Sums are exact in 2^-DIFFUSED_BITS.
+    Error diffusion in one dimension (Floyd and Steinberg, Proc. SID 17, 1976). What is added is in 2^-DIFFUSED_BITS.
     """
     sums = np.cumsum(np.rint(p * F32(2 ** DIFFUSED_BITS)), axis=-1, dtype=np.float64).astype(np.int64)
     return np.diff((sums + 2 ** (DIFFUSED_BITS - 1)) >> DIFFUSED_BITS, axis=-1, prepend=0)

@@ -23,7 +23,7 @@ sanitized)
 emulated)
     build "-DMG_AMX_EMULATED -DMG_EVEX_VNNI -I$PWD/tests/isas"
     if [ "$(python -c 'from minigate import kernels; print(kernels.use_isa())')" != amx ]; then
-        echo "not to be emulated: avx512vnni, which runs the rest of AMX's kernels and AVX-VNNI's products, is not usable"
+        echo "not to be emulated: avx512vnni, which runs the rest of both, is not usable"
         exit 0
     fi
     python -m pytest -q -p no:cacheprovider -k 'amx or avxvnni' --ignore=tests/test_isas.py tests

@@ -96,6 +96,8 @@ PAIR = "finite numbers .low, high. around 0"
     ({"calibration": None}, "calibration: expected an object with method, percentile, batches"),
     ({"calibration": {"method": "minmax"}}, "calibration: expected an object with method, percentile, batches"),
     ({"helpers": {"magic": True}}, "helpers: expected an object with any of smoothquant, bias_correction"),
+    ({"helpers": {"error_diffusion": "no"}}, "helpers: error_diffusion: expected false, or true in w8a8-static, got"),
+    ({"helpers": {"error_diffusion": 1}}, "helpers: error_diffusion: expected false, or true in w8a8-static, got"),
     ({"keep_float": ["encoder.blocks.0"]}, "keep_float: expected a list of layers"),
 ])  # fmt: skip
 def test_static_deviations(change, said):

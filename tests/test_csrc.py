@@ -285,5 +285,5 @@ def test_isa_tool_prints_the_choice(name):
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     else:
         chosen = f"chosen: {name or usable[-1]} ("
-        failed = f"chosen: {usable[-2]} (the fastest usable that can be trusted: amx failed its trial)"
+        failed = f"chosen: {usable[-2]} (the fastest usable that can be trusted: {usable[-1]} failed its trial)"
         assert result.returncode == 0 and (chosen in result.stdout or (not name and failed in result.stdout))

@@ -1,6 +1,6 @@
 """The kernels of processors that these tests do not run on: tests/isas, compiled with the extension's own sources and
 flags. For AArch64 it runs under an emulator, once with dot products and once without; for AMX it runs here, with tiles
-in plain C in the place of the processor's (tests/isas/amxemulation.h)."""
+in plain C in the place of the processor's (tests/isas/amxemulation.h), and for AVX-VNNI with AVX-512's encoding."""
 
 import platform
 import runpy
@@ -101,22 +101,22 @@ def test_a_processor_without_dot_products_is_not_taken_for_one_with_them(program
     assert result.returncode == 1 and "neondot is not usable, expected is neondot" in result.stdout
 
 
-# ---- AMX ----
+# ---- AMX, AVX-VNNI ----
 
-def reason_against_amx():
+def reason_against_emulation():
     """What the program needs of this machine and does not find; "" if nothing."""
     if platform.machine() != "x86_64":
-        return f"{platform.machine()} cannot run the rest of AMX's kernels"
+        return f"{platform.machine()} cannot run the rest of their kernels"
     if not kernels.isas().get("avx512vnni"):
-        return "cpu lacks avx512vnni, which runs the rest of AMX's kernels"
+        return "cpu lacks avx512vnni, which runs the rest of their kernels"
     return "" if shutil.which("gcc") else "no gcc"
 
 
-needs_vnni = pytest.mark.skipif(bool(reason_against_amx()), reason=reason_against_amx())
+needs_vnni = pytest.mark.skipif(bool(reason_against_emulation()), reason=reason_against_emulation())
 
 
 @needs_vnni
-def test_emulated_amx_equals_the_portable_kernels_and_passes_its_trial(tmp_path):
+def test_emulated_amx_and_avxvnni_equal_the_portable_kernels_and_pass_their_trials(tmp_path):
     csrc, checks = sources()
     sanitized = [path for path in csrc if path.name in SANITIZED]
     others = [path for path in csrc if path not in sanitized]

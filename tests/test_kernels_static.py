@@ -155,10 +155,9 @@ def rounded(p, diffuse):
     or, diffuse, its sum with those before it; that key's, and if diffuse the next one's."""
     sums = np.cumsum(p, axis=1) if diffuse else p
     near = np.abs(sums - np.floor(sums) - 0.5) < (SUM_ERROR if diffuse else P_ERROR)
-    whole = np.floor(sums + 0.5)
     if not diffuse:
         return np.rint(p), near
-    return np.diff(whole, axis=1, prepend=0), near | np.pad(near, ((0, 0), (1, 0)))[:, :-1]
+    return np.diff(np.floor(sums + 0.5), axis=1, prepend=0), near | np.pad(near, ((0, 0), (1, 0)))[:, :-1]
 
 
 def exact_attention(q, k, v, n_head, causal, diffuse=False):

@@ -62,6 +62,12 @@ def test_weights_and_what_stays_float_are_options_of_every_scheme(scheme, weight
     assert metadata["quantization"]["helpers"] == {**quantize.NO_HELPERS, "equalize": True}
 
 
+def test_probabilities_are_diffused_only_where_they_have_fixed_steps():
+    for scheme in ("w8a8-dynamic", "w8"):
+        with pytest.raises(UsageError, match=f"helpers: expected no error_diffusion in {scheme}"):
+            quantize.quantized(*toy_model(), scheme, "per-channel", helpers={"error_diffusion": True})
+
+
 def test_a_models_own_tensors_stay_as_they_are():
     metadata, tensors = toy_model()
     before = {name: array.copy() for name, array in tensors.items()}

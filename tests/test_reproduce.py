@@ -1,6 +1,7 @@
 """tools/reproduce.py on toy models and noise: its rows, that it resumes, what the table says, bad input."""
 
 import json
+from dataclasses import make_dataclass
 
 import numpy as np
 import pytest
@@ -154,6 +155,17 @@ def test_what_rows_say_of_their_model(done):
     assert row["outliers"]["full"] != row["outliers"]["variable"]
     assert rows["plain", "float"]["outliers"].keys() == {"full"}
     assert rows["gated", str(DYNAMIC)]["calibration"] is None
+
+
+def test_an_option_that_is_new_changes_no_key_of_a_row_without_it(folder, tmp_path, monkeypatch):
+    args = reproduce.build_parser().parse_args(arguments(folder, tmp_path / "r.jsonl"))
+    work, (subject,) = Work(args, CalibrationOptions()), reproduce.find_subjects([str(folder / "plain.safetensors")])
+    extras = (), ("rotate",), ("error-diffusion",)
+    variants = [FLOAT, *(Variant("w8a8-static", w, e) for w in reproduce.GRANULARITIES for e in extras)]
+    before = [work.key(subject, variant) for variant in variants]
+    later = make_dataclass("Later", [("later", bool, False)], bases=(QuantizeOptions,), frozen=True)
+    monkeypatch.setattr(reproduce, "QuantizeOptions", later)
+    assert [work.key(subject, variant) for variant in variants] == before and len(set(before)) == len(before)
 
 
 def test_extras_are_rows_of_their_own(folder, tmp_path, capsys):
@@ -323,6 +335,8 @@ def test_models_of_one_stem_are_told_apart(folder, tmp_path):
     (["--schemes", "w8:per-row"], 2, "got 'w8:per-row'"),
     (["--schemes", "w8+luck"], 2, "got 'w8+luck'"),
     (["--schemes", "float"], 2, "got 'float'"),
+    (["--schemes", "w8+error-diffusion"], 2, "got 'w8+error-diffusion'"),
+    (["--schemes", "linears-only+error-diffusion"], 2, "got 'linears-only+error-diffusion'"),
     (["--limit", "0"], 2, "--limit: expected a whole number of at least 1, got 0"),
     (["--batches", "0"], 2, "--batches: expected"),
     (["--percentile", "20"], 2, "--percentile: expected"),

@@ -184,15 +184,15 @@ class Makers:
         roof = self.peaks(precision, self.threads)
         return Case(name, run, check, 4.0 * T * T * n_state, "TFLOP/s", *roof, by_numpy)
 
-    def static_attention(self, name: str, n_state: int, n_head: int) -> Case:
+    def static_attention(self, name: str, n_state: int, n_head: int, diffuse: bool = False) -> Case:
         grid = static.Grid(0.01, -3)
         q, k, v = (static.Tensor(int8s(self.rng, 1, T, n_state), grid) for _ in range(3))
 
         def run():
-            return static.attention(q, k, v, n_head, grid)
+            return static.attention(q, k, v, n_head, grid, diffuse=diffuse)
 
         def by_numpy():
-            return static_reference.attention(q, k, v, n_head, grid)
+            return static_reference.attention(q, k, v, n_head, grid, diffuse=diffuse)
 
         def check():
             equal(name, run(), by_numpy(), steps=1)
@@ -264,6 +264,7 @@ def cases(peaks: Peaks, threads: int, only: str = "") -> Iterator[Case]:
         many, one = f"attention {T}×{T}×{n_state}", f"attention 1×{T}×{n_state}"
         makers |= {f"{many}, {kind}": partial(make.attention, precision=kind, **sizes) for kind in ATTENTION}
         makers[f"{many}, static int8"] = partial(make.static_attention, **sizes)
+        makers[f"{many}, static int8, diffused"] = partial(make.static_attention, diffuse=True, **sizes)
         makers |= {f"{one}, keys in {kind}": partial(make.one_query, held=kind, **sizes) for kind in HOLD}
     for n_state, _ in HEADS:
         makers[f"layer_norm {T}×{n_state}"] = partial(make.layer_norm, n_state=n_state)

@@ -65,7 +65,7 @@ EXTRAS = {  # options of quantization
 }  # fmt: skip
 MOVING = ("smoothquant", "equalize", "rotate")  # change the float model's activations
 ACCENTED = ("speechocean762",)  # sources whose speakers have an accent
-ROW_VERSION = 1  # of what a row holds
+ROW_VERSION = 2  # of what a row holds
 OUTLIER_UTTERANCES = 16  # measured for max abs and kurtosis, spread over the test manifest
 
 
@@ -97,10 +97,12 @@ def parse_variants(texts: Iterable[str]) -> list[Variant]:
     found = [FLOAT]
     for text in texts:
         first, *extras = text.split("+")
+        refused = "error-diffusion" in extras and not text.startswith("w8a8-static")  # only there are steps of 1/255
         scheme, colon, weights = first.partition(":")
-        if scheme not in SCHEMES or colon and weights not in GRANULARITIES or not set(extras) <= set(EXTRAS):
+        if scheme not in SCHEMES or colon and weights not in GRANULARITIES or not set(extras) <= set(EXTRAS) or refused:
             raise UsageError(f"--schemes: expected {' or '.join(SCHEMES)}, with :{' or :'.join(GRANULARITIES)} behind "
-                             f"it and any of +{' +'.join(EXTRAS)}, got {text!r}")  # fmt: skip
+                             f"it and any of +{' +'.join(EXTRAS)} (the last but one of w8a8-static alone), "
+                             f"got {text!r}")  # fmt: skip
         found += [Variant(scheme, w, tuple(sorted(set(extras)))) for w in ((weights,) if colon else GRANULARITIES)]
     return list(dict.fromkeys(found))
 
@@ -198,9 +200,10 @@ class Work:
             return load(path), path.stat().st_size, source
 
     def _prepare(self, subject: Subject, variant: Variant, file: checkpoint.ModelFile) -> Prepared:
-        """What the last variant was made of, where only the granularity or what stays in float differs."""
+        """What the last variant was made of, where only the granularity, what stays in float or how probabilities are
+        rounded differs."""
         options = variant.options
-        key = subject, options.scheme, tuple(options.helpers.items())
+        key = subject, options.scheme, tuple(replace(options, error_diffusion=False).helpers.items())
         if self._prepared is None or self._prepared[0] != key:
             self._prepared, speech = None, self._hear(subject, file) if options.needs_speech else None
             found = prepare(file.metadata, file.tensors, options, self.calibration, speech, shown=True)

@@ -162,6 +162,11 @@ static void check_trial_of_vnni(void)
 {
     struct mg_kernels wrong = mg_avxvnni;
     wrong.dot_panel = wrong_panel;
+    for (size_t i = 0; mg_isa_name(i) != NULL; i++) {
+        int is_vnni = strcmp(mg_isa_name(i), "avxvnni") == 0, is_amx = strcmp(mg_isa_name(i), "amx") == 0;
+        if (mg_isa_proven(i) != (is_vnni ? &mg_avx2 : is_amx ? &mg_avx512vnni : NULL))
+            fail("%s is not tried against what it should be", mg_isa_name(i));
+    }
     if (!mg_products_agree(&mg_avxvnni, &mg_avx2) || !mg_products_agree(&wrong, &mg_avx2))
         fail("avxvnni's products are not avx2's");
     for (wrong_rows = 1; wrong_rows <= mg_avxvnni.max_rows; wrong_rows++)
