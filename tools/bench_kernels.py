@@ -5,8 +5,8 @@ as a Markdown table.
 usage: python tools/bench_kernels.py [--threads 1 2] [--onnxruntime PYTHON] [--rounds 5] [--only TEXT]
 
 First each result is checked against reference.py: integers exactly, static attention within one step (both round what
-may lie half way between two), floats within a tolerance. Then, in each round, the kernel, its roof and its rivals run
-in turn, each as often as fills 50 ms. Threads that are not the kernel's own are Python's. The roofs:
+may lie half way between two) or, diffused, two, floats within a tolerance. Then, in each round, the kernel, its roof
+and its rivals run in turn, each as often as fills 50 ms. Threads that are not the kernel's own are Python's. The roofs:
 
 products, attention     what the instruction does in a loop of nothing else (peak.c, which needs a C compiler; where it
                         is missing, or has no loop for the instruction set, the column is empty)

@@ -33,7 +33,9 @@ PEAK(avx512vnni_int8, "avx512f,avx512vnni", __m512i, _mm512_set1_epi8(1), _mm512
 PEAK(avx512vnni_float32, "avx512f", __m512, _mm512_set1_ps(0.5f), _mm512_fmadd_ps(a, b, c[i]), 32)
 PEAK(avx512vnni_bf16, "avx512f,avx512bf16", __m512, _mm512_set1_ps(0.5f),
      _mm512_dpbf16_ps(c[i], (__m512bh)a, (__m512bh)b), 64)
+#if defined(__clang__) || __GNUC__ >= 11
 PEAK(avxvnni_int8, "avx2,avxvnni", __m256i, _mm256_set1_epi8(1), _mm256_dpbusd_avx_epi32(c[i], a, b), 64)
+#endif
 PEAK(avxvnni_float32, "avx2,fma", __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(a, b, c[i]), 16)
 /* what the kernel spends on 64 products, of which all fit */
 PEAK(avx2_int8, "avx2", __m256i, _mm256_set1_epi8(1),
