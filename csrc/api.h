@@ -105,6 +105,43 @@ enum mg_status mg_attention(float *out, const float *q, const void *k, const voi
 enum mg_status mg_choose(int64_t *ids, float *values, double *totals, float *logits, const int64_t *never,
                          const int64_t *ranges, size_t n_never, size_t begin, int prefer, size_t k, size_t m, size_t n);
 
+/* ---- the decoder of w8a8-dynamic ---- */
+
+/* Packed weights (n,k) with a scale for each output; bias (n) or NULL. */
+struct mg_linear {
+    const int8_t *packed;
+    const float *scale, *bias;
+};
+
+struct mg_norm {
+    const float *weight, *bias;
+};
+
+struct mg_decoder_block {
+    struct mg_norm attn_ln, cross_attn_ln, mlp_ln;
+    struct mg_linear attn_query, attn_key, attn_value, attn_out, cross_attn_query, cross_attn_out, mlp_0, mlp_2;
+};
+
+/* Keys and values of a block: of m rows of tokens (m, n_ctx, n_state) bfloat16, of which those before `length` are
+   there; of what the encoder heard (m/group, t_audio, n_state) in int8, with scales (m/group, t_audio). */
+struct mg_decoder_cache {
+    uint16_t *k, *v;
+    const int8_t *cross_k, *cross_v;
+    const float *cross_k_scale, *cross_v_scale;
+};
+
+struct mg_decoder_dims {
+    size_t m, group, t, length, n_ctx, t_audio, n_head, n_state, n_hidden;
+    float eps;      /* of the layer norms */
+};
+
+/* x (m, t, n_state), t new tokens of each row after `length` others, through all blocks, in place; their keys and
+   values are added to the caches.  Row b listens to what was heard in b / group.  As mg_layer_norm_rows, mg_linear_int8,
+   mg_linear_int8_rows and mg_attention (MG_BF16) one after the other.
+   MG_BAD_VALUE: n_head does not divide n_state, or group m; length + t > n_ctx; t_audio is 0. */
+enum mg_status mg_decoder_blocks(float *x, const struct mg_decoder_block *blocks, const struct mg_decoder_cache *caches,
+                                 size_t n_blocks, const struct mg_decoder_dims *dims);
+
 /* ---- w8a8-static ---- */
 
 /* out = x + y of n numbers; y may be NULL. */

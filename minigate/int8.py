@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minigate import kernels, ops, packing, reference, static_kernels
+from minigate import decoder_kernels, kernels, ops, packing, reference, static_kernels
 
 TILE = 128 * 1024  # weights that are in memory as float32 at a time, 512 kB
 
@@ -82,6 +82,19 @@ class Dynamic(Int8Weights):
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
         self.kept = set(metadata["quantization"]["keep_float"])
         super().__init__(metadata, tensors)
+        self._blocks = self._in_one_call(metadata["dims"])
+
+    def _in_one_call(self, dims: dict) -> decoder_kernels.Blocks | None:
+        """The decoder's blocks, if all their linears are int8 and nothing is gated."""
+        blocks = range(dims["n_text_layer"])
+        linears = (f"decoder.blocks.{i}.{name}.weight" for i in blocks for name in decoder_kernels.LINEARS)
+        if not kernels.compiled or self.gate_kind != "none" or not all(isinstance(self.p[w], Weight) for w in linears):
+            return None
+        return decoder_kernels.Blocks(lambda name: self.p.get(f"decoder.blocks.{name}"), len(blocks),
+                                      dims["n_text_head"])  # fmt: skip
+
+    def decoder_blocks(self, x: np.ndarray, cache) -> np.ndarray | None:
+        return self._blocks(x, cache) if self._blocks else None
 
     def norm(self, name: str, x: np.ndarray) -> Rows:
         if name == "decoder.ln" and self.turns(name):

@@ -66,12 +66,19 @@ def cross_keys_values(ops, dims: Dims, xa: np.ndarray) -> list[tuple]:
 def decoder(ops, dims: Dims, tokens: np.ndarray, cache: "Cache"):
     """tokens (B, T) -> x (B, T, D) before the final layer norm; the cache grows by T positions."""
     x = ops.embed(tokens, cache.length)
+    y = ops.decoder_blocks(x, cache)  # all in one call, where there is one
+    y = decoder_blocks(ops, dims, x, cache) if y is None else y
+    cache.length += tokens.shape[1]
+    return y
+
+
+def decoder_blocks(ops, dims: Dims, x, cache: "Cache"):
+    """x (B, T, D), embedded -> x (B, T, D), T positions more in the cache."""
     for i in range(dims.n_text_layer):
         block = f"decoder.blocks.{i}"
         x = self_attention(ops, block, x, dims.n_text_head, cache=cache, layer=i)
         x = cross_attention(ops, block, x, dims.n_text_head, *cache.cross[i])
         x = mlp(ops, block, x)
-    cache.length += tokens.shape[1]
     return x
 
 
@@ -189,18 +196,21 @@ class Cache:
         self.cross = cross  # per layer: k, v (B, T_audio, D), arrays or kernels.Int8Rows
         self.rows = cross[0][0].shape[0]  # one for each window at first
         self.length = 0  # positions so far
-        self._n_ctx = n_ctx
+        self.n_ctx = n_ctx
         self._own: list[list[np.ndarray] | None] = [None] * len(cross)  # per layer: k, v (rows, n_ctx, D)
+
+    def own(self, layer: int, n_state: int, dtype: np.dtype) -> list[np.ndarray]:
+        """k, v (rows, n_ctx, D) of a layer's tokens, filled as far as `length`."""
+        if self._own[layer] is None:
+            self._own[layer] = [np.empty((self.rows, self.n_ctx, n_state), dtype) for _ in "kv"]
+        return self._own[layer]
 
     def extend(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """k, v (rows, T, D) of the new positions -> views (rows, length + T, D) of all."""
-        if self._own[layer] is None:
-            shape = (self.rows, self._n_ctx, k.shape[2])
-            self._own[layer] = [np.empty(shape, k.dtype), np.empty(shape, v.dtype)]
-        end = self.length + k.shape[1]
-        for kept, new in zip(self._own[layer], (k, v), strict=True):
+        own, end = self.own(layer, k.shape[2], k.dtype), self.length + k.shape[1]
+        for kept, new in zip(own, (k, v), strict=True):
             kept[:, self.length : end] = new
-        return self._own[layer][0][:, :end], self._own[layer][1][:, :end]
+        return own[0][:, :end], own[1][:, :end]
 
     def repeat(self, group: int) -> None:
         """Every row becomes a group of equal rows."""

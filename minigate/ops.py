@@ -130,6 +130,10 @@ class Float:
         g = gate(self.gate_kind, h, self.gates.get(name), n_head, self.gate_scale)
         return kernels.attention(q, k, v, n_head, causal, g, self.precision(name))
 
+    def decoder_blocks(self, x: np.ndarray, cache) -> np.ndarray | None:
+        """All blocks of the decoder, as `model.decoder_blocks`, in one call; None where there is none."""
+        return None
+
     def precision(self, name: str) -> str:
         """In what attention `name` multiplies many queries, as `kernels.attention` has it."""
         return "float32"
