@@ -81,20 +81,31 @@ enum mg_status mg_finish(float *out, const float *x, const float *bias, const fl
 /* out = softmax(q k^T / sqrt(d)) v * gate, head by head; key j is seen by query i if j <= i + t_k - t_q or not causal.
    out (n_batch, t_q, n_head*d); q (n_batch, t_q, n_head*d), k and v (n_batch/group, t_k, n_head*d) with strides in
    elements between batches and between rows; row b of the batch attends to k[b / group].
-   held: k and v are float, bfloat16 (uint16_t) or int8_t; these stand for scale * number, k_scale and v_scale
-   (n_batch/group, t_k) dense, NULL otherwise.  Numbers must be finite: some instruction sets hide a key that is none.
+   held: k and v are float or bfloat16 (uint16_t).  Numbers must be finite: some instruction sets hide a key that is none.
    gate: NULL, or (n_batch, t_q, n_head*gate_width) dense, gate_width 1 or d.
    precision: MG_BF16: many queries, where the instruction set can, and keys, values and the softmax are rounded to
    bfloat16.  MG_INT8: to 8 bits with scales found on the way (dynamicattention.c); all numbers are finite.
    MG_BAD_VALUE: t_k is 0, group does not divide n_batch, gate_width is neither, or causal and t_q > t_k; for MG_INT8
-   d > 32768, or int8_t k and v. */
-enum mg_held { MG_HELD_FLOAT, MG_HELD_HALF, MG_HELD_INT8 };
+   d > 32768. */
+enum mg_held { MG_HELD_FLOAT, MG_HELD_HALF };
 enum mg_precision { MG_FLOAT32, MG_BF16, MG_INT8 };
-enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, const float *k_scale,
-                            const float *v_scale, enum mg_held held, const float *gate, size_t q_batch, size_t q_row,
-                            size_t k_batch, size_t k_row, size_t v_batch, size_t v_row, size_t gate_width, int causal,
-                            enum mg_precision precision, size_t n_batch, size_t group, size_t n_head, size_t t_q,
-                            size_t t_k, size_t d);
+enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, enum mg_held held,
+                            const float *gate, size_t q_batch, size_t q_row, size_t k_batch, size_t k_row,
+                            size_t v_batch, size_t v_row, size_t gate_width, int causal, enum mg_precision precision,
+                            size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d);
+
+/* Packs what attention listens to, keys or (values: 1) values x (n_batch, t_k, n_head*d) in int8, each with a scale
+   (n_batch, t_k) above or equal to 0, for mg_attention_heard; packed: n_batch times mg_heard_bytes, on a boundary of 4.
+   MG_BAD_VALUE: t_k or d is above 32768, or t_k 0. */
+size_t mg_heard_bytes(int values, size_t n_head, size_t t_k, size_t d);
+enum mg_status mg_pack_heard(int8_t *packed, int values, const int8_t *x, const float *scale, size_t n_batch,
+                             size_t n_head, size_t t_k, size_t d);
+
+/* mg_attention, all keys seen, of packed keys and values; q (n_batch, t_q, n_head*d) dense.  Rounded are queries, to
+   16256 steps of their largest element of a head, and softmax times the values' scales, to 32767 steps. */
+enum mg_status mg_attention_heard(float *out, const float *q, const int8_t *k, const int8_t *v, const float *gate,
+                                  size_t gate_width, size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k,
+                                  size_t d);
 
 /* What of the logits (m,n) may come next; the others become -infinity.  Not never (n_never); of the ids below begin
    those from ranges[i][0] to ranges[i][1]-1, of the others those from ranges[i][2] to ranges[i][3]-1.  prefer: and if
@@ -123,11 +134,10 @@ struct mg_decoder_block {
 };
 
 /* Keys and values of a block: of m rows of tokens (m, n_ctx, n_state) bfloat16, of which those before `length` are
-   there; of what the encoder heard (m/group, t_audio, n_state) in int8, with scales (m/group, t_audio). */
+   there; of what the encoder heard, m/group windows packed by mg_pack_heard. */
 struct mg_decoder_cache {
     uint16_t *k, *v;
     const int8_t *cross_k, *cross_v;
-    const float *cross_k_scale, *cross_v_scale;
 };
 
 struct mg_decoder_dims {
@@ -137,7 +147,7 @@ struct mg_decoder_dims {
 
 /* x (m, t, n_state), t new tokens of each row after `length` others, through all blocks, in place; their keys and
    values are added to the caches.  Row b listens to what was heard in b / group.  As mg_layer_norm_rows, mg_linear_int8,
-   mg_linear_int8_rows and mg_attention (MG_BF16) one after the other.
+   mg_linear_int8_rows, mg_attention (MG_BF16) and mg_attention_heard one after the other.
    MG_BAD_VALUE: n_head does not divide n_state, or group m; length + t > n_ctx; t_audio is 0. */
 enum mg_status mg_decoder_blocks(float *x, const struct mg_decoder_block *blocks, const struct mg_decoder_cache *caches,
                                  size_t n_blocks, const struct mg_decoder_dims *dims);

@@ -14,7 +14,6 @@ struct attention {
     float *out, *lse;
     const float *q, *gate;
     const void *k, *v;          /* as held */
-    const float *k_scale, *v_scale;
     enum mg_held held;
     size_t q_batch, q_row, k_batch, k_row, v_batch, v_row, gate_width;
     int causal;
@@ -39,24 +38,16 @@ static size_t seen_by(const struct attention *job, size_t index)
     return job->causal ? index % job->t_q + 1 + job->t_k - job->t_q : job->t_k;
 }
 
-/* scale: of each row, if MG_HELD_INT8 */
-static void widen(float *out, const void *x, enum mg_held held, size_t x_row, const float *scale, size_t rows, size_t n)
+static void widen(float *out, const uint16_t *x, size_t x_row, size_t rows, size_t n)
 {
-    const uint16_t *half = x;
-    const int8_t *q = x;
     for (size_t r = 0; r < rows; r++, out += n)
         for (size_t i = 0; i < n; i++)
-            out[i] = held == MG_HELD_HALF ? mg_from_bf16(half[r * x_row + i]) : scale[r] * (float)q[r * x_row + i];
+            out[i] = mg_from_bf16(x[r * x_row + i]);
 }
 
 static size_t widened_floats(const struct attention *job)
 {
     return job->held != MG_HELD_FLOAT ? mg_round_up(2 * job->t_k * job->d, 16) : 0;
-}
-
-static const float *scale_of(const struct attention *job, const float *scale, size_t batch)
-{
-    return scale != NULL ? scale + batch * job->t_k : NULL;
 }
 
 /* The keys and values of a block as floats, in room for those of a head. */
@@ -66,8 +57,8 @@ static void widen_block(const struct attention *job, struct mg_attention_block *
     const void *k = mg_held_at(job->k, batch * job->k_batch + head * job->d, job->held);
     const void *v = mg_held_at(job->v, batch * job->v_batch + head * job->d, job->held);
     float *values = room + job->t_k * job->d;
-    widen(room, k, job->held, job->k_row, scale_of(job, job->k_scale, batch), job->t_k, job->d);
-    widen(values, v, job->held, job->v_row, scale_of(job, job->v_scale, batch), job->t_k, job->d);
+    widen(room, k, job->k_row, job->t_k, job->d);
+    widen(values, v, job->v_row, job->t_k, job->d);
     block->k = room;
     block->v = values;
     block->k_row = block->v_row = job->d;
@@ -125,10 +116,8 @@ static void widen_range(const struct attention *job, struct mg_attention_range *
 {
     size_t n = job->n_head * job->d, keys = range->end_key - range->first_key;
     float *values = room + RANGE_KEYS * n;
-    widen(room, mg_held_at(range->k, range->first_key * range->k_row, job->held), job->held, range->k_row,
-          range->k_scale != NULL ? range->k_scale + range->first_key : NULL, keys, n);
-    widen(values, mg_held_at(range->v, range->first_key * range->v_row, job->held), job->held, range->v_row,
-          range->v_scale != NULL ? range->v_scale + range->first_key : NULL, keys, n);
+    widen(room, mg_held_at(range->k, range->first_key * range->k_row, job->held), range->k_row, keys, n);
+    widen(values, mg_held_at(range->v, range->first_key * range->v_row, job->held), range->v_row, keys, n);
     range->k = room - range->first_key * n;
     range->v = values - range->first_key * n;
     range->k_row = range->v_row = n;
@@ -146,7 +135,6 @@ static void attend_range(void *context, size_t task, size_t worker)
         .top = job->top + at, .sum = job->sum + at, .o = job->o + at * job->d, .q = q, .seen = seen,
         .k = mg_held_at(job->k, batch * job->k_batch, job->held),
         .v = mg_held_at(job->v, batch * job->v_batch, job->held),
-        .k_scale = scale_of(job, job->k_scale, batch), .v_scale = scale_of(job, job->v_scale, batch),
         .held = job->held, .k_row = job->k_row, .v_row = job->v_row, .first_key = first,
         .end_key = mg_min(first + RANGE_KEYS, job->t_k),
         .n_query = job->n_query, .n_head = job->n_head, .d = job->d};
@@ -210,24 +198,21 @@ static enum mg_status attend_few(struct attention *job, size_t n_shared)
     return MG_OK;
 }
 
-enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, const float *k_scale,
-                            const float *v_scale, enum mg_held held, const float *gate, size_t q_batch, size_t q_row,
-                            size_t k_batch, size_t k_row, size_t v_batch, size_t v_row, size_t gate_width, int causal,
-                            enum mg_precision precision, size_t n_batch, size_t group, size_t n_head, size_t t_q,
-                            size_t t_k, size_t d)
+enum mg_status mg_attention(float *out, const float *q, const void *k, const void *v, enum mg_held held,
+                            const float *gate, size_t q_batch, size_t q_row, size_t k_batch, size_t k_row,
+                            size_t v_batch, size_t v_row, size_t gate_width, int causal, enum mg_precision precision,
+                            size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d)
 {
     struct attention job = {
         .kernels = mg_kernels(), .bf16 = precision == MG_BF16 ? mg_bf16() : NULL, .out = out, .q = q, .k = k, .v = v,
-        .k_scale = k_scale, .v_scale = v_scale, .held = held, .gate = gate, .q_batch = q_batch, .q_row = q_row,
+        .held = held, .gate = gate, .q_batch = q_batch, .q_row = q_row,
         .k_batch = k_batch, .k_row = k_row, .v_batch = v_batch, .v_row = v_row, .gate_width = gate_width,
         .causal = causal, .group = group, .n_head = n_head, .t_q = t_q, .t_k = t_k, .d = d, .n_query = group * t_q};
     if (t_k == 0 || group == 0 || n_batch % group != 0 || (causal && t_q > t_k))
         return MG_BAD_VALUE;
-    if ((gate != NULL && gate_width != 1 && gate_width != d) || precision > MG_INT8 || held > MG_HELD_INT8)
+    if ((gate != NULL && gate_width != 1 && gate_width != d) || precision > MG_INT8 || held > MG_HELD_HALF)
         return MG_BAD_VALUE;
-    if ((held == MG_HELD_INT8) != (k_scale != NULL && v_scale != NULL))
-        return MG_BAD_VALUE;
-    if (precision == MG_INT8 && (d > MG_MAX_ATTENTION || held == MG_HELD_INT8))
+    if (precision == MG_INT8 && d > MG_MAX_ATTENTION)
         return MG_BAD_VALUE;
     if (n_batch == 0 || n_head == 0 || d == 0 || t_q == 0)
         return MG_OK;

@@ -231,15 +231,13 @@ MG_INLINE TARGET __m256 sums_of(const __m256 *c)
     return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
-/* Up to 8 elements as floats, zeros beyond, without their scale. */
+/* Up to 8 elements as floats, zeros beyond. */
 MG_INLINE TARGET __m256 widened(const void *x, size_t left, const enum mg_held held)
 {
     if (held == MG_HELD_FLOAT)
         return load(x, left);
     __m128i bits = _mm_setzero_si128();
     memcpy(&bits, x, mg_min(left, LANES) * mg_held_bytes(held));
-    if (held == MG_HELD_INT8)
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bits));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
@@ -269,14 +267,14 @@ MG_INLINE TARGET void score_step(__m256 *c, const float *q, const void *key, siz
     }
 }
 
-/* p[j] = q . key[j], times unit and the key's scale, for n <= SOME_KEYS keys; -> their maximum */
-MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, size_t k_row, const float *scale, size_t n,
-                                  size_t d, float unit, const enum mg_held held)
+/* p[j] = q . key[j], times unit, for n <= SOME_KEYS keys; -> their maximum */
+MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, size_t k_row, size_t n, size_t d, float unit,
+                                  const enum mg_held held)
 {
     float top = MG_LOWEST;
     for (size_t j = 0; j < n; j += LANES) {
         const void *at = mg_held_at(key, j * k_row, held);
-        __m256 c[LANES], score;
+        __m256 c[LANES];
         size_t i = 0;
         MG_UNROLL
         for (size_t r = 0; r < LANES; r++)
@@ -287,26 +285,21 @@ MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, siz
             score_step(c, q + i, mg_held_at(at, i, held), k_row, n - j, LANES, 1, held);
         if (i < d)
             score_step(c, q + i, mg_held_at(at, i, held), k_row, n - j, d - i, 1, held);
-        score = _mm256_mul_ps(sums_of(c), _mm256_set1_ps(unit));
-        if (held == MG_HELD_INT8)
-            score = _mm256_mul_ps(score, load(scale + j, n - j));
-        _mm256_storeu_ps(p + j, score);
+        _mm256_storeu_ps(p + j, _mm256_mul_ps(sums_of(c), _mm256_set1_ps(unit)));
     }
     for (size_t j = 0; j < n; j++)
         top = p[j] > top ? p[j] : top;
     return top;
 }
 
-/* p[j] = 2^(p[j] - top) -> their sum; then each is multiplied by its value's scale. */
-MG_INLINE TARGET float weigh_some(float *p, float top, const float *scale, size_t n, const enum mg_held held)
+/* p[j] = 2^(p[j] - top) -> their sum */
+MG_INLINE TARGET float weigh_some(float *p, float top, size_t n)
 {
     float sum = 0.0f;
     for (size_t j = 0; j < n; j += LANES)
         _mm256_storeu_ps(p + j, exp2_of(_mm256_sub_ps(_mm256_loadu_ps(p + j), _mm256_set1_ps(top))));
     for (size_t j = 0; j < n; j++)
         sum += p[j];
-    for (size_t j = 0; held == MG_HELD_INT8 && j < n; j++)
-        p[j] *= scale[j];
     return sum;
 }
 
@@ -351,9 +344,7 @@ TARGET void mg_avx2_attend_range(const struct mg_attention_range *r)
 {
     if (r->held == MG_HELD_FLOAT)
         attend_range(r, MG_HELD_FLOAT);
-    else if (r->held == MG_HELD_HALF)
-        attend_range(r, MG_HELD_HALF);
     else
-        attend_range(r, MG_HELD_INT8);
+        attend_range(r, MG_HELD_HALF);
 }
 #endif

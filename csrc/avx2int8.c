@@ -236,8 +236,61 @@ TARGET void mg_avx2_sum_values(int32_t *acc, const uint8_t *p, const int8_t *v, 
     }
 }
 
+/* ---- numbers of 16 bits ---- */
+
+enum { FLUSHED = 256 };         /* elements of k, 256 * 32767 * 127 < 2^31, after which sums become floats */
+
+/* Some rows, k4 apart, times 4 * vectors columns, over n of their elements, added to sums unless these are the first; w of
+   4 columns and 4 elements in a vector, whose pairs are added. */
+MG_INLINE TARGET void multiply_wide(float *sums, const int16_t *a, size_t k4, const int8_t *panel, size_t n, int first,
+                                    const size_t rows, const size_t vectors)
+{
+    __m256i c[2][8], x[2];
+    MG_UNROLL
+    for (size_t i = 0; i < rows * vectors; i++)
+        c[i / vectors][i % vectors] = _mm256_setzero_si256();
+    for (size_t i = 0; i < n; i += 4) {
+        MG_UNROLL
+        for (size_t r = 0; r < rows; r++) {
+            int64_t four;
+            memcpy(&four, a + r * k4 + i, sizeof four);
+            x[r] = _mm256_set1_epi64x(four);
+        }
+        MG_UNROLL
+        for (size_t v = 0; v < vectors; v++) {
+            __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(panel + i * MG_PANEL + 16 * v)));
+            MG_UNROLL
+            for (size_t r = 0; r < rows; r++)
+                c[r][v] = _mm256_add_epi32(c[r][v], _mm256_madd_epi16(w, x[r]));
+        }
+    }
+    MG_UNROLL
+    for (size_t i = 0; i < rows * vectors; i += 2) {
+        size_t r = i / vectors, v = i % vectors;
+        float *to = sums + r * MG_PANEL + 4 * v;
+        __m256i pairs = _mm256_hadd_epi32(c[r][v], c[r][v + 1]);        /* columns 0 1 4 5 2 3 6 7 */
+        __m256 some = _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(pairs, 0xd8));
+        _mm256_storeu_ps(to, first ? some : _mm256_add_ps(some, _mm256_loadu_ps(to)));
+    }
+}
+
+TARGET static void wide_panel(float *sums, const int16_t *a, const int8_t *panel, size_t rows, size_t k)
+{
+    size_t k4 = mg_round_up(k, 4);
+    for (size_t i = 0; i < k4; i += FLUSHED) {
+        size_t n = mg_min(FLUSHED, k4 - i);
+        const int8_t *part = panel + i * MG_PANEL;
+        for (size_t r = 0; r + 2 <= rows; r += 2)
+            for (size_t j = 0; j < MG_PANEL; j += 16)
+                multiply_wide(sums + r * MG_PANEL + j, a + r * k4 + i, k4, part + 4 * j, n, i == 0, 2, 4);
+        for (size_t r = rows - rows % 2, j = 0; r < rows && j < MG_PANEL; j += 32)
+            multiply_wide(sums + r * MG_PANEL + j, a + r * k4 + i, k4, part + 4 * j, n, i == 0, 1, 8);
+    }
+}
+
 const struct mg_int8_attention mg_avx2_int8 = {
     .few_queries = 6,
+    .wide_panel = wide_panel,
     .score_panel = mg_avx2_score_panel,
     .sum_panel = mg_avx2_sum_panel,
     .value_panel = mg_avx2_sum_panel,

@@ -229,13 +229,10 @@ MG_INLINE TARGET __m512 sums_of(const __m512 *c)
     return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
 }
 
-/* As floats, without their scale. */
 MG_INLINE TARGET __m512 load(const void *x, size_t i, __mmask16 mask, const enum mg_held held)
 {
     if (held == MG_HELD_FLOAT)
         return _mm512_maskz_loadu_ps(mask, (const float *)x + i);
-    if (held == MG_HELD_INT8)
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, (const int8_t *)x + i)));
     __m256i bits = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + i);
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
@@ -248,15 +245,9 @@ MG_INLINE TARGET void fetch(const void *x, const enum mg_held held)
         _mm_prefetch((const char *)x + 64 * line, _MM_HINT_T1);
 }
 
-/* n scales, and the last once more for the other lanes */
-MG_INLINE TARGET __m512 scales_of(const float *scale, size_t n)
-{
-    return _mm512_mask_loadu_ps(_mm512_set1_ps(scale[mg_min(n, LANES) - 1]), mask_of(n), scale);
-}
-
-/* p[j] = q . key[j], times unit and the key's scale, for n <= SOME_KEYS keys; -> their maximum */
-MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, size_t k_row, const float *scale, size_t n,
-                                  size_t d, float unit, const enum mg_held held)
+/* p[j] = q . key[j], times unit, for n <= SOME_KEYS keys; -> their maximum */
+MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, size_t k_row, size_t n, size_t d, float unit,
+                                  const enum mg_held held)
 {
     __m512 top = _mm512_set1_ps(MG_LOWEST);
     for (size_t j = 0; j < n; j += LANES) {
@@ -283,23 +274,19 @@ MG_INLINE TARGET float score_some(float *p, const float *q, const void *key, siz
             }
         }
         __m512 score = _mm512_mul_ps(sums_of(c), _mm512_set1_ps(unit));
-        if (held == MG_HELD_INT8)       /* copies of the last key take its scale */
-            score = _mm512_mul_ps(score, scales_of(scale + j, n - j));
         top = _mm512_max_ps(top, score);
         _mm512_storeu_ps(p + j, score);
     }
     return _mm512_reduce_max_ps(top);
 }
 
-/* p[j] = 2^(p[j] - top) -> their sum; then each is multiplied by its value's scale. */
-MG_INLINE TARGET float weigh_some(float *p, float top, const float *scale, size_t n, const enum mg_held held)
+/* p[j] = 2^(p[j] - top) -> their sum */
+MG_INLINE TARGET float weigh_some(float *p, float top, size_t n)
 {
     __m512 sum = _mm512_setzero_ps();
     for (size_t j = 0; j < n; j += LANES) {
         __m512 x = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(p + j), _mm512_set1_ps(top)));
         sum = _mm512_mask_add_ps(sum, mask_of(n - j), sum, x);
-        if (held == MG_HELD_INT8)
-            x = _mm512_mul_ps(x, scales_of(scale + j, n - j));
         _mm512_storeu_ps(p + j, x);
     }
     return _mm512_reduce_add_ps(sum);
@@ -336,9 +323,7 @@ TARGET void mg_avx512_attend_range(const struct mg_attention_range *r)
 {
     if (r->held == MG_HELD_FLOAT)
         attend_range(r, MG_HELD_FLOAT);
-    else if (r->held == MG_HELD_HALF)
-        attend_range(r, MG_HELD_HALF);
     else
-        attend_range(r, MG_HELD_INT8);
+        attend_range(r, MG_HELD_HALF);
 }
 #endif

@@ -17,11 +17,12 @@ SOURCES = ("dispatch.c", "pool.c", "memory.c", "pack.c", "calls.c", "decoder.c",
            "amx.c", "amxbf16.c", "trial.c", "product.c", "avx512bf16.c", "avx512bf16attention.c",
            "avx512bf16backward.c",
            "training.c", "portablerows.c", "avx2rows.c", "avx512rows.c",
-           "staticattention.c", "dynamicattention.c", "portableint8.c", "avx2int8.c", "avx512int8.c",
+           "staticattention.c", "dynamicattention.c", "heardattention.c",
+           "portableint8.c", "avx2int8.c", "avx512int8.c",
            "neon.c", "neonattention.c", "neonint8.c")
-HEADERS = ("api.h", "kernels.h", "lanes.h", "lossrows.h", "choicerows.h", "rangeloop.h", "rows.h", "neon.h", "amx.h",
-           "avx2lists.h", "avx512bf16.h")
-FLAGS = ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno",
+HEADERS = ("api.h", "kernels.h", "lanes.h", "lossrows.h", "choicerows.h", "heardrows.h", "rangeloop.h", "rows.h",
+           "neon.h", "amx.h", "avx2lists.h", "avx512bf16.h")
+FLAGS = ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
          "-fvisibility=hidden", "-pthread", "-D_GNU_SOURCE"]
 
 PREAMBLE = """

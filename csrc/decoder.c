@@ -61,8 +61,8 @@ static enum mg_status self_attention(const struct decoder *d)
     if (status == MG_OK)
         status = keep(d, d->cache->v, &b->attn_value);
     if (status == MG_OK)
-        status = mg_attention(d->h, d->q, d->cache->k, d->cache->v, NULL, NULL, MG_HELD_HALF, NULL, s->t * n, n, batch, n,
-                              batch, n, 0, 1, MG_BF16, s->m, 1, s->n_head, s->t, s->length + s->t, n / s->n_head);
+        status = mg_attention(d->h, d->q, d->cache->k, d->cache->v, MG_HELD_HALF, NULL, s->t * n, n, batch, n, batch, n, 0,
+                              1, MG_BF16, s->m, 1, s->n_head, s->t, s->length + s->t, n / s->n_head);
     return status == MG_OK ? add_attended(d, &b->attn_out) : status;
 }
 
@@ -70,15 +70,12 @@ static enum mg_status cross_attention(const struct decoder *d)
 {
     const struct mg_decoder_dims *s = d->dims;
     const struct mg_decoder_block *b = d->block;
-    const struct mg_decoder_cache *c = d->cache;
-    size_t n = s->n_state, batch = s->t_audio * n;
     enum mg_status status = norm(d, &b->cross_attn_ln);
     if (status == MG_OK)
         status = project(d, d->q, NULL, &b->cross_attn_query, NULL);
     if (status == MG_OK)
-        status = mg_attention(d->h, d->q, c->cross_k, c->cross_v, c->cross_k_scale, c->cross_v_scale, MG_HELD_INT8, NULL,
-                              s->t * n, n, batch, n, batch, n, 0, 0, MG_BF16, s->m, s->group, s->n_head, s->t,
-                              s->t_audio, n / s->n_head);
+        status = mg_attention_heard(d->h, d->q, d->cache->cross_k, d->cache->cross_v, NULL, 0, s->m, s->group, s->n_head,
+                                    s->t, s->t_audio, s->n_state / s->n_head);
     return status == MG_OK ? add_attended(d, &b->cross_attn_out) : status;
 }
 

@@ -70,7 +70,6 @@ struct mg_attention_range {
     const float *const *q;
     const size_t *seen;
     const void *k, *v;          /* as held */
-    const float *k_scale, *v_scale;     /* of each key and value, if MG_HELD_INT8 */
     enum mg_held held;
     size_t k_row, v_row, first_key, end_key, n_query, n_head, d;
 };
@@ -118,12 +117,16 @@ struct mg_int8_attention {
 
     /* dot_panel for a in uint8 and weights that may be -128; a (rows,k) with rows k rounded up to 4 apart, 0 beyond k,
        where the panel may hold anything.  sum_panel: of probabilities, of which any two in a row add up to at most 256.
-       value_panel: of any, k <= MG_WEIGHED; fast where most are small. */
+       value_panel: of any; fast where most are small. */
     void (*score_panel)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
                         size_t k);
     void (*sum_panel)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows, size_t k);
     void (*value_panel)(int32_t *acc, const uint8_t *a, const int8_t *panel, const int32_t *start, size_t rows,
                         size_t k);
+
+    /* sums (rows, MG_PANEL) = a w^T, w a panel without -128; a (rows,k) in [-32767,32767], rows k rounded up to 4 apart, 0
+       beyond k.  Any number of rows.  NULL: two products of bytes are as fast. */
+    void (*wide_panel)(float *sums, const int16_t *a, const int8_t *panel, size_t rows, size_t k);
 
     /* scores[j] = sum_i (q[i] - zero) * k[j][i] for n keys; scores has room for n rounded up to MG_PANEL. */
     void (*score_keys)(int32_t *scores, const int8_t *q, int32_t zero, const int8_t *k, size_t k_row, size_t n,
@@ -150,12 +153,12 @@ struct mg_int8_attention {
 };
 extern const struct mg_int8_attention mg_portable_int8;
 
-/* Kernels of training and of decoding's choices, rows.h: work on rows, or elements, first .. end-1 of a job, with
+/* Kernels of training, of decoding's choices and of its cross-attention, rows.h: work on rows, or elements, first .. end-1 of a job, with
    scratch memory. */
 typedef void (*mg_row_kernel)(const void *job, size_t first, size_t end, void *room);
 struct mg_rows {
     mg_row_kernel layer_norm_backward, gelu_backward, column_sums, logit_losses, magnitude, power_sum, power_backward,
-        adamw, squares, choose;
+        adamw, squares, choose, weigh_heard;
 };
 extern const struct mg_rows mg_portable_rows;
 
@@ -365,7 +368,7 @@ MG_INLINE void *mg_scratch_of(const struct mg_scratch *scratch, size_t worker)
 
 MG_INLINE size_t mg_held_bytes(enum mg_held held)
 {
-    return held == MG_HELD_FLOAT ? sizeof(float) : held == MG_HELD_HALF ? sizeof(uint16_t) : sizeof(int8_t);
+    return held == MG_HELD_FLOAT ? sizeof(float) : sizeof(uint16_t);
 }
 
 MG_INLINE const void *mg_held_at(const void *x, size_t i, const enum mg_held held)

@@ -58,22 +58,16 @@ MG_INLINE float mg_variance(const float *x, float mean, size_t n)
     return mg_total(lanes) / (float)n;
 }
 
-/* n >= 1.  In vectors, since compilers do not make them of a choice in lanes. */
+/* n >= 1 */
 MG_INLINE float mg_largest(const float *x, size_t n)
 {
-    typedef float floats __attribute__((vector_size(4 * MG_LANES)));
-    typedef int32_t ints __attribute__((vector_size(4 * MG_LANES)));
     float top = x[0], lanes[MG_LANES];
     size_t i = 0;
-    floats tops = {0};
-    tops += top;
-    for (; i + MG_LANES <= n; i += MG_LANES) {
-        floats some;
-        memcpy(&some, x + i, sizeof some);
-        ints above = some > tops;
-        tops = (floats)(((ints)some & above) | ((ints)tops & ~above));
-    }
-    memcpy(lanes, &tops, sizeof lanes);
+    for (int l = 0; l < MG_LANES; l++)
+        lanes[l] = top;
+    for (; i + MG_LANES <= n; i += MG_LANES)
+        for (int l = 0; l < MG_LANES; l++)
+            lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
     for (int l = 0; l < MG_LANES; l++)
         top = lanes[l] > top ? lanes[l] : top;
     for (; i < n; i++)

@@ -234,12 +234,12 @@ MG_INLINE void key_step(float32x4_t *c, const float *q, const float *key, size_t
 
 /* p[j] = q . key[j], times unit, for n <= SOME_KEYS keys; -> their maximum.  Elements that do not fill a vector are
    added one by one. */
-static float score_some(float *p, const float *q, const void *keys, size_t k_row, const float *scale, size_t n, size_t d,
-                        float unit, enum mg_held held)
+static float score_some(float *p, const float *q, const void *keys, size_t k_row, size_t n, size_t d, float unit,
+                        enum mg_held held)
 {
     const float *key = keys;
     float top = MG_LOWEST;
-    (void)scale, (void)held;    /* floats, see reads_narrow */
+    (void)held;     /* floats, see reads_narrow */
     for (size_t j = 0; j < n; j += ROWS) {
         const float *at = key + j * k_row;
         float32x4_t c[ROWS];
@@ -265,10 +265,9 @@ static float score_some(float *p, const float *q, const void *keys, size_t k_row
 }
 
 /* p[j] = 2^(p[j] - top) -> their sum */
-static float weigh_some(float *p, float top, const float *scale, size_t n, enum mg_held held)
+static float weigh_some(float *p, float top, size_t n)
 {
     float sum = 0.0f;
-    (void)scale, (void)held;
     for (size_t j = 0; j < n; j += LANES)
         vst1q_f32(p + j, exp2_of(vsubq_f32(vld1q_f32(p + j), vdupq_n_f32(top))));
     for (size_t j = 0; j < n; j++)

@@ -5,6 +5,7 @@
 #define MG_ROWS_H
 
 #include "choicerows.h"
+#include "heardrows.h"
 #include "lossrows.h"
 
 /* ---- layer norm ---- */
@@ -163,7 +164,8 @@ MG_INLINE void mg_squares_rows(const void *context, size_t first, size_t end, vo
     MG_ROWS_KERNEL(target, adamw) \
     MG_ROWS_KERNEL(target, squares) \
     MG_ROWS_KERNEL(target, choose) \
+    MG_ROWS_KERNEL(target, weigh_heard) \
     const struct mg_rows name = {layer_norm_backward, gelu_backward, column_sums, logit_losses, magnitude, power_sum, \
-                                 power_backward, adamw, squares, choose}
+                                 power_backward, adamw, squares, choose, weigh_heard}
 
 #endif

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minigate.kernels import F32, U16, Int8Rows, _array, _check, _in_c, compiled
+from minigate.heard_kernels import Heard
+from minigate.kernels import F32, U16, _array, _check, compiled, threads
 
 if compiled:
     from minigate._kernels import ffi, lib
@@ -48,12 +49,11 @@ class Blocks:
         self._kept.append(ffi.from_buffer(_FLOATS, _array("parameter", x, x.shape, F32)))
         return self._kept[-1]
 
-    def __call__(self, x: np.ndarray, cache) -> np.ndarray | None:
+    def __call__(self, x: np.ndarray, cache) -> np.ndarray:
         """x (R, T, D) float32, embedded -> (R, T, D) after the last block. The keys and values of the new tokens are in
-        the cache, whose length stays as it is. None with MINIGATE_ISA=numpy."""
+        the cache, whose length stays as it is. Not with MINIGATE_ISA=numpy, which has no blocks."""
         x = _array("x", x, (cache.rows, None, self.n_state), F32)
-        if not _in_c(x):
-            return None
+        threads()  # the choice is made, if it was open
         y, windows, t_audio = x.copy(), *cache.cross[0][0].shape[:2]
         kept = [self._pointers(cache.own(i, self.n_state, U16), *heard) for i, heard in enumerate(cache.cross)]
         dims = (cache.rows, cache.rows // windows, x.shape[1], cache.length, cache.n_ctx, t_audio, self.n_head,
@@ -62,7 +62,7 @@ class Blocks:
                                      ffi.new(_DIMS, dims)))  # fmt: skip
         return y
 
-    def _pointers(self, own: list[np.ndarray], k: Int8Rows, v: Int8Rows) -> tuple:
+    def _pointers(self, own: list[np.ndarray], k: Heard, v: Heard) -> tuple:
         """struct mg_decoder_cache, of arrays that are dense."""
-        arrays = (_HALVES, own), (_BYTES, (k.q, v.q)), (_FLOATS, (k.scale, v.scale))
+        arrays = (_HALVES, own), (_BYTES, (*k.arrays, *v.arrays))
         return tuple(ffi.from_buffer(kind, array) for kind, pair in arrays for array in pair)

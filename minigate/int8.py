@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minigate import decoder_kernels, kernels, ops, packing, reference, static_kernels
+from minigate.heard_kernels import Heard, attention_heard, pack_heard
 
 TILE = 128 * 1024  # weights that are in memory as float32 at a time, 512 kB
 
@@ -81,20 +82,20 @@ class Dynamic(Int8Weights):
 
     def __init__(self, metadata: dict, tensors: Mapping[str, np.ndarray]):
         self.kept = set(metadata["quantization"]["keep_float"])
+        self.n_head = metadata["dims"]["n_text_head"]
         super().__init__(metadata, tensors)
-        self._blocks = self._in_one_call(metadata["dims"])
+        self._blocks = self._pack_blocks(metadata["dims"])
 
-    def _in_one_call(self, dims: dict) -> decoder_kernels.Blocks | None:
+    def _pack_blocks(self, dims: dict) -> decoder_kernels.Blocks | None:
         """The decoder's blocks, if all their linears are int8 and nothing is gated."""
         blocks = range(dims["n_text_layer"])
         linears = (f"decoder.blocks.{i}.{name}.weight" for i in blocks for name in decoder_kernels.LINEARS)
         if not kernels.compiled or self.gate_kind != "none" or not all(isinstance(self.p[w], Weight) for w in linears):
             return None
-        return decoder_kernels.Blocks(lambda name: self.p.get(f"decoder.blocks.{name}"), len(blocks),
-                                      dims["n_text_head"])  # fmt: skip
+        return decoder_kernels.Blocks(lambda name: self.p.get(f"decoder.blocks.{name}"), len(blocks), self.n_head)
 
-    def decoder_blocks(self, x: np.ndarray, cache) -> np.ndarray | None:
-        return self._blocks(x, cache) if self._blocks else None
+    def in_one_call(self) -> decoder_kernels.Blocks | None:
+        return None if kernels.isa() == "numpy" else self._blocks
 
     def norm(self, name: str, x: np.ndarray) -> Rows:
         if name == "decoder.ln" and self.turns(name):
@@ -105,13 +106,13 @@ class Dynamic(Int8Weights):
         q, scale = kernels.quantize_rows(x.reshape(-1, x.shape[-1]))
         return Rows(x, q.reshape(x.shape), scale)
 
-    def values(self, x: Rows | kernels.Int8Rows | np.ndarray) -> np.ndarray:
+    def values(self, x: Rows | Heard | np.ndarray) -> np.ndarray:
         if isinstance(x, np.ndarray):  # keys and values
             return reference.from_bf16(x) if x.dtype == np.uint16 else x
-        return x.floats() if isinstance(x, kernels.Int8Rows) else x.x
+        return x.floats() if isinstance(x, Heard) else x.x
 
     def linear(self, name: str, x, gelu: bool = False, residual: np.ndarray | None = None
-               ) -> np.ndarray | Rows | kernels.Int8Rows:  # fmt: skip
+               ) -> np.ndarray | Rows | Heard:  # fmt: skip
         """As `ops.Float.linear`; Rows from an MLP's first linear and GELU, whose result only the second reads; keys and
         values of the decoder as they are stored."""
         w, bias = self.p[f"{name}.weight"], self.p.get(f"{name}.bias")
@@ -124,20 +125,25 @@ class Dynamic(Int8Weights):
             return Rows(None, q.reshape(*shape, -1), scale)
         if is_cross(name):
             q, scale = kernels.linear_int8_rows(rows.q.reshape(-1, k), *product)
-            return kernels.Int8Rows(q.reshape(*shape, -1), scale.reshape(shape))
+            return self._heard(name, q.reshape(*shape, -1), scale)
         flat = None if residual is None else residual.reshape(-1, residual.shape[-1])
         y = kernels.linear_int8(rows.q.reshape(-1, k), *product, flat, bf16=is_cached(name))
         return y.reshape(*shape, -1)
 
-    def _stored(self, name: str, y: np.ndarray) -> np.ndarray | kernels.Int8Rows:
+    def _stored(self, name: str, y: np.ndarray) -> np.ndarray | Heard:
         """The result of a linear in float as the decoder keeps it."""
         if is_cross(name):
             rows = self.rows(y)
-            return kernels.Int8Rows(rows.q, rows.scale.reshape(y.shape[:2]))
+            return self._heard(name, rows.q, rows.scale)
         return reference.to_bf16(y) if is_cached(name) else y
 
+    def _heard(self, name: str, q: np.ndarray, scale: np.ndarray) -> Heard:
+        return pack_heard(q, scale.reshape(q.shape[:2]), self.n_head, name.endswith(".value"))
+
     def attention(self, name: str, q, k, v, h: Rows, n_head: int, causal: bool) -> np.ndarray:
-        return super().attention(name, q, k, v, h.x, n_head, causal)
+        if isinstance(k, Heard):
+            return attention_heard(q, k, v, self.gate_of(name, h, n_head))
+        return super().attention(name, q, k, v, h, n_head, causal)
 
     def precision(self, name: str) -> str:
         if name.startswith("decoder."):

@@ -11,7 +11,6 @@ Shapes: M rows, K inputs, N outputs, B batch, T time, D n_state, H n_head.
 import math
 import os
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,7 +29,7 @@ else:
 
 F32, F64, I8, U16 = (np.dtype(t) for t in (np.float32, np.float64, np.int8, np.uint16))
 PRECISIONS = ("float32", "bf16", "int8")    # of attention; enum mg_precision
-HELD = (F32, U16, I8)   # keys and values; enum mg_held
+HELD = (F32, U16)   # keys and values; enum mg_held
 MAX_THREADS = 256
 MAX_K = 131072      # inputs of an integer product that int32 surely holds
 LARGE = 1 << 18     # bytes of an array whose memory is kept for the next one
@@ -305,34 +304,8 @@ def layer_norm_rows(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: fl
     return y, q, scale
 
 
-@dataclass(frozen=True)
-class Int8Rows:
-    """x ≈ scale * q: rows q (B, T, D) int8, each with a scale (B, T) float32."""
-
-    q: np.ndarray
-    scale: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.q.shape
-
-    def floats(self) -> np.ndarray:
-        return self.q * self.scale[..., None]
-
-
-def _held(k, v, dtype: np.dtype) -> tuple:
-    """k, v of attention -> their arrays, what these are expected to hold, the scales of Int8Rows or None for each."""
-    if isinstance(k, Int8Rows) and isinstance(v, Int8Rows) and dtype == F32:
-        k_scale, v_scale = (_array("scale", x.scale, x.shape[:2], F32) for x in (k, v))
-        return k.q, v.q, I8, (k_scale, v_scale)
-    half = dtype == F32 and getattr(k, "dtype", None) == U16
-    return k, v, U16 if half else dtype, (None, None)
-
-
-def _widened(x: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+def _widened(x: np.ndarray) -> np.ndarray:
     """Keys or values as floats."""
-    if x.dtype == I8:
-        return Int8Rows(x, scale).floats()
     return reference.from_bf16(x) if x.dtype == U16 else x
 
 
@@ -348,7 +321,7 @@ def _strided(name: str, x, shape: tuple, dtype: np.dtype) -> np.ndarray:
 def _view(x) -> tuple:
     """pointer, and the strides of batches and rows in elements."""
     batch, row, size = x.strides
-    return ffi.from_buffer({1: _BYTES, 2: _HALVES, 4: _FLOATS}[size], x[0, 0]), batch // size, row // size
+    return ffi.from_buffer({2: _HALVES, 4: _FLOATS}[size], x[0, 0]), batch // size, row // size
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=False, gate=None,
@@ -356,7 +329,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=F
     """softmax(q kᵀ / sqrt(D / H)) v * gate, head by head -> (B, Tq, D), without a Tq x Tk matrix in memory.
 
     q (B, Tq, D); k, v (Bk, Tk, D), Bk divides B and row b attends to k[b // (B // Bk)]; all may be views with strides.
-    k and v may be bfloat16 (uint16 for NumPy) or Int8Rows beside a q of float32; Int8Rows are not multiplied in int8.
+    k and v may be bfloat16 (uint16 for NumPy) beside a q of float32.
     gate: None, (B, Tq, H) or (B, Tq, D). causal: query i sees keys j <= i + Tk - Tq, which needs Tq <= Tk.
     precision: float32; bf16 of many queries, where the instruction set can; or int8 with scales found on the way
     (csrc/dynamicattention.c), where all numbers are finite, and D / H at most 32768. float64 stays as it is."""
@@ -365,7 +338,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=F
     dtype = _float_type("q", q)
     q = _strided("q", q, q.shape if q.ndim == 3 else (None, None, None), dtype)
     n_batch, t_q, n_state = q.shape
-    k, v, key_dtype, scales = _held(k, v, dtype)
+    key_dtype = U16 if dtype == F32 and getattr(k, "dtype", None) == U16 else dtype
     k = _strided("k", k, (*k.shape[:2], n_state) if getattr(k, "ndim", 0) == 3 else (None, None, n_state), key_dtype)
     v = _strided("v", v, k.shape, key_dtype)
     k_batch, t_k, _ = k.shape
@@ -379,16 +352,13 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, causal=F
     if gate is not None:
         gate_width = n_state // n_head if gate.shape[-1] == n_state else 1
         gate = _array("gate", gate, (n_batch, t_q, n_head * gate_width), dtype)
-    if key_dtype == I8 and precision == "int8":
-        raise ValueError("precision: expected float32 or bf16 beside Int8Rows, got int8")
     if not _in_c(q) or q.size == 0:
-        k, v = _widened(k, scales[0]), _widened(v, scales[1])
+        k, v = _widened(k), _widened(v)
         rounded = precision == "int8" and dtype == F32
         return (reference.attention_int8 if rounded else reference.attention)(q, k, v, n_head, causal, gate)
     out = empty((n_batch, t_q, n_state), F32)
     (q_data, *q_strides), (k_data, *k_strides), (v_data, *v_strides) = _view(q), _view(k), _view(v)
-    _check(lib.mg_attention(_floats(out), q_data, k_data, v_data, *map(_floats, scales), HELD.index(key_dtype),
-                            _floats(gate), *q_strides, *k_strides, *v_strides, gate_width, causal,
-                            PRECISIONS.index(precision), n_batch, n_batch // k_batch, n_head, t_q, t_k,
-                            n_state // n_head))
+    _check(lib.mg_attention(_floats(out), q_data, k_data, v_data, HELD.index(key_dtype), _floats(gate), *q_strides,
+                            *k_strides, *v_strides, gate_width, causal, PRECISIONS.index(precision), n_batch,
+                            n_batch // k_batch, n_head, t_q, t_k, n_state // n_head))
     return out

@@ -7,6 +7,7 @@ are opaque here: what one operator returns is only ever given to another.
 B batch (rows), T time, D n_state, V n_vocab. Time is the second axis throughout: x (B, T, D).
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from minigate import checkpoint, int8, kernels
 from minigate.errors import FileError
+from minigate.heard_kernels import Heard
 from minigate.ops import Float
 from minigate.static import Static
 from minigate.tokenizer import Tokenizer, unpack_vocabulary
@@ -63,13 +65,14 @@ def cross_keys_values(ops, dims: Dims, xa: np.ndarray) -> list[tuple]:
     return [(ops.linear(f"{m}.key", h), ops.linear(f"{m}.value", h)) for m in modules]
 
 
-def decoder(ops, dims: Dims, tokens: np.ndarray, cache: "Cache"):
-    """tokens (B, T) -> x (B, T, D) before the final layer norm; the cache grows by T positions."""
+def decoder(ops, dims: Dims, tokens: np.ndarray, cache: "Cache", in_one_call: Callable | None = None):
+    """tokens (B, T) -> x (B, T, D) before the final layer norm; the cache grows by T positions.
+
+    in_one_call: what does the same as `decoder_blocks`, where there is such a thing (`ops.in_one_call`)."""
     x = ops.embed(tokens, cache.length)
-    y = ops.decoder_blocks(x, cache)  # all in one call, where there is one
-    y = decoder_blocks(ops, dims, x, cache) if y is None else y
+    x = in_one_call(x, cache) if in_one_call else decoder_blocks(ops, dims, x, cache)
     cache.length += tokens.shape[1]
-    return y
+    return x
 
 
 def decoder_blocks(ops, dims: Dims, x, cache: "Cache"):
@@ -193,7 +196,7 @@ class Cache:
     """
 
     def __init__(self, cross: list[tuple], n_ctx: int):
-        self.cross = cross  # per layer: k, v (B, T_audio, D), arrays or kernels.Int8Rows
+        self.cross = cross  # per layer: k, v (B, T_audio, D), arrays or Heard
         self.rows = cross[0][0].shape[0]  # one for each window at first
         self.length = 0  # positions so far
         self.n_ctx = n_ctx
@@ -243,10 +246,10 @@ class Cache:
         self.rows = len(rows)
 
 
-def _kept(x: np.ndarray | kernels.Int8Rows, windows: np.ndarray) -> np.ndarray | kernels.Int8Rows:
+def _kept(x: np.ndarray | Heard, windows: np.ndarray) -> np.ndarray | Heard:
     """x (B, …)[windows], ascending, moved to the front of x: nothing is allocated."""
-    if isinstance(x, kernels.Int8Rows):
-        return kernels.Int8Rows(_kept(x.q, windows), _kept(x.scale, windows))
+    if isinstance(x, Heard):
+        return x.with_arrays(tuple(_kept(array, windows) for array in x.arrays))
     for to, window in enumerate(windows):
         if to != window:
             x[to] = x[window]
@@ -314,7 +317,7 @@ class Model:
         if cache.length + tokens.shape[1] > self.dims.n_text_ctx:
             total = cache.length + tokens.shape[1]
             raise ValueError(f"tokens: expected at most {self.dims.n_text_ctx} positions in all, got {total}")
-        return decoder(self.ops, self.dims, tokens, cache)
+        return decoder(self.ops, self.dims, tokens, cache, self.ops.in_one_call())
 
     def transcribe(self, audio, **options):
         """A path, '-' or an array (16 kHz mono, float32 in [-1, 1]) -> Result with text, segments, language.

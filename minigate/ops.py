@@ -5,7 +5,7 @@ Each arithmetic offers the same methods, in the order the data meets them.
 B batch, T time, C channels in, D n_state, N outputs, V n_vocab.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -127,11 +127,14 @@ class Float:
 
     def attention(self, name: str, q, k, v, h, n_head: int, causal: bool) -> np.ndarray:
         """q h (B, T_q, D), k v (B or fewer, T_k, D) -> (B, T_q, D)."""
-        g = gate(self.gate_kind, h, self.gates.get(name), n_head, self.gate_scale)
-        return kernels.attention(q, k, v, n_head, causal, g, self.precision(name))
+        return kernels.attention(q, k, v, n_head, causal, self.gate_of(name, h, n_head), self.precision(name))
 
-    def decoder_blocks(self, x: np.ndarray, cache) -> np.ndarray | None:
-        """All blocks of the decoder, as `model.decoder_blocks`, in one call; None where there is none."""
+    def gate_of(self, name: str, h, n_head: int) -> np.ndarray | None:
+        """h (B, T, D), as `norm` returns it -> (B, T, H), or (B, T, D) for elementwise; None for kind `none`."""
+        return gate(self.gate_kind, self.values(h), self.gates.get(name), n_head, self.gate_scale)
+
+    def in_one_call(self) -> Callable | None:
+        """What does the work of `model.decoder_blocks`, x and cache to x, in one call; None where nothing does."""
         return None
 
     def precision(self, name: str) -> str:

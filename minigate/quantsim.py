@@ -183,7 +183,7 @@ class SimulatedSteps(SimulatedWeights):
 
 class SimulatedDynamic(SimulatedSteps):
     """Scheme `w8a8-dynamic`: the rows that a linear multiplies with int8 weights are int8 too, and so is the encoder's
-    attention; the decoder's keys and values are int8 rows, those of tokens bfloat16. Attention to them is float32
+    attention; the decoder's keys and values are int8 rows, those of tokens bfloat16. Attention to tokens is float32
     here."""
 
     def linear(self, name: str, x: np.ndarray, gelu: bool = False, residual: np.ndarray | None = None) -> np.ndarray:
@@ -194,10 +194,12 @@ class SimulatedDynamic(SimulatedSteps):
         return reference.from_bf16(reference.to_bf16(y)) if is_cached(name) else y
 
     def attention(self, name: str, q, k, v, h, n_head: int, causal: bool) -> np.ndarray:
+        if name.endswith(".cross_attn"):
+            steps, scale = reference.nearest_steps(v, -1)
+            return reference.attention_heard(q, k, steps, scale[..., 0], n_head, self.gate_of(name, h, n_head))
         if name in self.kept or name.startswith("decoder."):
             return super().attention(name, q, k, v, h, n_head, causal)
-        g = gate(self.gate_kind, h, self.gates.get(name), n_head, self.gate_scale)
-        return reference.attention_int8(q, k, v, n_head, causal, g)
+        return reference.attention_int8(q, k, v, n_head, causal, self.gate_of(name, h, n_head))
 
     def products(self, name: str, x: np.ndarray, gelu: bool, residual: np.ndarray | None) -> np.ndarray:
         if name in self.kept:

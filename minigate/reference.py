@@ -12,6 +12,8 @@ ROWS = 4096         # of weights that are expanded at a time
 EXACT_K = 1024      # 1024 * 128 * 128 <= 2^24: sums that float32 holds exactly, in any order
 KEYS = 256          # that share a scale of their probabilities in attention_int8
 QUERIES = 256       # whose scores are in memory at a time, each H * Tk
+QUERY_STEPS = 127 * 128     # of a query's largest element, in attention_heard
+WEIGHT_STEPS = 32767        # of the largest weight of a value
 SMALLEST = 1e-30    # a row whose largest magnitude is below it counts as zero
 
 # W. J. Cody, Rational Chebyshev approximations for the error function, Math. Comp. 23 (1969), 631-637: numerators and
@@ -147,11 +149,30 @@ def attention(q, k, v, n_head, causal=False, gate=None):
     return out.reshape(n_batch, t_q, n_state)
 
 
-def nearest_steps(x, axis):
-    """x to the nearest of 127 steps of its largest magnitude along an axis, and the steps' size."""
+def nearest_steps(x, axis, steps=127):
+    """x to the nearest of so many steps of its largest magnitude along an axis, and the steps' size."""
     top = np.abs(x).max(axis=axis, keepdims=True)
-    inverse = x.dtype.type(127) / np.where(top < SMALLEST, x.dtype.type(np.inf), top)
-    return np.rint(x * inverse), top / x.dtype.type(127)
+    inverse = x.dtype.type(steps) / np.where(top < SMALLEST, x.dtype.type(np.inf), top)
+    return np.rint(x * inverse), top / x.dtype.type(steps)
+
+
+def attention_heard(q, k, v, v_scale, n_head, gate=None):
+    """`attention`, not causal, to values v_scale (Bk, Tk) * v, v whole numbers, as csrc/heardattention.c rounds it: a
+    head's queries, and its softmax times v_scale, to steps of their largest."""
+    n_batch, t_q, n_state = q.shape
+    d, group = n_state // n_head, n_batch // k.shape[0] if n_batch else 1
+    out = np.empty((n_batch, t_q, n_head, d), q.dtype)
+    for b, h in np.ndindex(n_batch, n_head):
+        head, shared = slice(h * d, h * d + d), b // group
+        for i in range(0, t_q, QUERIES):
+            queries, scale = nearest_steps(q[b, i:i + QUERIES, head], 1, QUERY_STEPS)
+            scores = queries @ k[shared, :, head].T * (scale / q.dtype.type(math.sqrt(d)))
+            e = np.exp(scores - scores.max(axis=1, keepdims=True))
+            weights, size = nearest_steps(e * v_scale[shared], 1, WEIGHT_STEPS)
+            out[b, i:i + QUERIES, h] = weights @ v[shared, :, head] * (size / e.sum(axis=1, keepdims=True))
+    if gate is not None:
+        out *= gate.reshape(n_batch, t_q, n_head, -1)
+    return out.reshape(n_batch, t_q, n_state)
 
 
 def attention_int8(q, k, v, n_head, causal=False, gate=None):

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from minigate import graph, int8, kernels, ops, static_kernels
-from minigate.attention import gate
 from minigate.static_kernels import Grid, Tensor
 
 
@@ -122,10 +121,6 @@ class Static(int8.Int8Weights):
         out = self.int8_grids.get(point)
         y = static_kernels.attention(q, k, v, n_head, out, causal, g, self.grids[name], self.diffuse)
         return Tensor(y, self.grids[point])
-
-    def gate_of(self, name: str, h: Tensor, n_head: int) -> np.ndarray | None:
-        """h as the gate takes it -> (B, T, H), or (B, T, D) for elementwise."""
-        return gate(self.gate_kind, self.values(h), self.gates.get(name), n_head, self.gate_scale)
 
     def logits(self, x: Tensor) -> np.ndarray:
         return self.linear("decoder.token_embedding", x).data

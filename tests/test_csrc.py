@@ -30,11 +30,6 @@ def rng():
 
 # ---- what is written, what is read ----
 
-def held(form=0, *scales):
-    """Of keys and values, for mg_attention: the scales of both if they are int8, and what they are held as."""
-    return *(scales or [kernels.ffi.NULL] * 2), form
-
-
 def pointer(array):
     kind = {"float32": "float *", "int32": "int32_t *", "int8": "int8_t *", "uint16": "uint16_t *"}[array.dtype.name]
     return kernels.ffi.cast(kind, array.ctypes.data)
@@ -109,8 +104,8 @@ def test_attention_keeps_to_its_arrays(compiled_isa, t_q, d, rng):
     k, v = (at_page_end(floats(rng, t_k, n_head * d), keep) for _ in range(2))
     room, out = guarded((t_q, n_head * d), np.float32)
     row = n_head * d
-    status = lib.mg_attention(pointer(out), pointer(q), pointer(k), pointer(v), *held(), pointer(gate), 0, row, 0,
-                              row, 0, row, d, False, False, 1, 1, n_head, t_q, t_k, d)
+    status = lib.mg_attention(pointer(out), pointer(q), pointer(k), pointer(v), 0, pointer(gate), 0, row, 0, row, 0,
+                              row, d, False, False, 1, 1, n_head, t_q, t_k, d)
     assert status == lib.MG_OK and unharmed(room)
     close(out, exact_attention(q[None], k[None], v[None], n_head, False, gate[None])[0], 2 * ATTENTION_ERROR)
 
@@ -125,13 +120,12 @@ def test_the_extension_rejects_what_python_would_have_caught():
     assert lib.mg_use_isa(b"mmx") == lib.MG_BAD_ISA
     sizes = dict(gate_width=1, causal=0, precision=lib.MG_INT8, n_batch=2, group=1, n_head=1, t_q=2, t_k=2, d=2)
     for change in ({"t_k": 0}, {"group": 0}, {"n_batch": 3, "group": 2}, {"t_q": 3, "causal": 1}, {"gate_width": 3}):
-        assert lib.mg_attention(x, x, x, x, *held(), x, *[0] * 6, *{**sizes, **change}.values()) == lib.MG_BAD_VALUE
+        assert lib.mg_attention(x, x, x, x, 0, x, *[0] * 6, *{**sizes, **change}.values()) == lib.MG_BAD_VALUE
     wide = {**sizes, "gate_width": 32769, "d": 32769}.values()  # of sums in int32
-    assert lib.mg_attention(x, x, x, x, *held(), x, *[0] * 6, *wide) == lib.MG_BAD_VALUE
-    null = kernels.ffi.NULL
-    for form, scales, kind in ((2, (x, x), lib.MG_INT8), (2, (x, null), 0), (2, (), 0), (1, (x, x), 0), (3, (), 0)):
-        others = {**sizes, "precision": kind}.values()
-        assert lib.mg_attention(x, x, x, x, *held(form, *scales), x, *[0] * 6, *others) == lib.MG_BAD_VALUE
+    assert lib.mg_attention(x, x, x, x, 0, x, *[0] * 6, *wide) == lib.MG_BAD_VALUE
+    for held, precision in ((2, 0), (0, 3)):
+        others = {**sizes, "precision": precision}.values()
+        assert lib.mg_attention(x, x, x, x, held, x, *[0] * 6, *others) == lib.MG_BAD_VALUE
 
 
 # ---- threads and processes ----

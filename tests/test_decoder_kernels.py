@@ -36,7 +36,7 @@ def logits(made, windows=2):
 def test_blocks_are_their_operators(isa, dims, monkeypatch):
     made = model.Model(*quantized(**dims))
     got = logits(made)
-    monkeypatch.setattr(int8.Dynamic, "decoder_blocks", lambda self, x, cache: None)
+    monkeypatch.setattr(int8.Dynamic, "in_one_call", lambda self: None)
     for one, wanted in zip(got, logits(made), strict=True):
         assert np.array_equal(one, wanted)
 
@@ -66,7 +66,7 @@ def test_threads_change_nothing(compiled_isa):
 def test_what_has_no_such_call_goes_operator_by_operator(options):
     made = model.Model(*quantized(**options))
     cache = made.start(heard(made.dims, 1))
-    assert made.ops.decoder_blocks(np.zeros((1, 1, made.dims.n_text_state), np.float32), cache) is None
+    assert made.ops.in_one_call() is None
     assert np.isfinite(made.decode(np.array([[1, 2]]), cache)).all()
 
 
@@ -76,7 +76,7 @@ def test_wrong_input_is_named(compiled_isa):
     for x, error in ((np.zeros((1, 1, n_state), np.float32), ValueError), (np.zeros((2, 1, 8), np.float32), ValueError),
                      (np.zeros((2, 1, n_state)), TypeError)):  # fmt: skip
         with pytest.raises(error, match="x: expected"):
-            made.ops.decoder_blocks(x, cache)
+            made.ops.in_one_call()(x, cache)
     cache.length = made.dims.n_text_ctx
     with pytest.raises(ValueError, match="status 2"):
-        made.ops.decoder_blocks(np.zeros((2, 1, n_state), np.float32), cache)
+        made.ops.in_one_call()(np.zeros((2, 1, n_state), np.float32), cache)

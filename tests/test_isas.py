@@ -20,7 +20,8 @@ PACKAGES = "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"      # of Deb
 KERNELS = {"dot_panel, pack_rows", "score_panel", "sum_panel", "value_panel", "score_keys", "sum_values",
            "weigh, weigh_diffused", "weigh_some", "finish", "quantize_row", "layer_norm_row", "attention"}
 SANITIZED = {"avx2product.c", "avxvnni.c", "amx.c", "amxbf16.c", "trial.c", "dispatch.c", "avx512vnni.c",
-             "avx512bf16.c", "avx512bf16attention.c", "calls.c", "product.c", "staticattention.c", "dynamicattention.c"}
+             "avx512bf16.c", "avx512bf16attention.c", "calls.c", "product.c", "staticattention.c", "dynamicattention.c",
+             "heardattention.c"}
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 needs_arm = pytest.mark.skipif(bool(MISSING), reason=f"no {' and no '.join(MISSING)} (packages {PACKAGES})")
 

@@ -1,5 +1,4 @@
-"""bfloat16 outside training: rounding, linears that end in it, and attention with keys and values, or all, in it; keys
-and values in int8."""
+"""bfloat16 outside training: rounding, linears that end in it, and attention with keys and values, or all, in it."""
 
 import math
 
@@ -9,9 +8,9 @@ import pytest
 from minigate import kernels, packing, reference
 from minigate import training_kernels as tk
 from tests.kernelcases import ATTENTION_ERROR, close, exact_attention, floats, int8s, weights
-from tests.test_csrc import at_page_end, guarded, held, pointer, unharmed
+from tests.test_csrc import at_page_end, guarded, pointer, unharmed
 
-FORMS = ("float", "half", "int8")  # of keys and values
+FORMS = ("float", "half")  # of keys and values
 PROBABILITY_ERROR = 2**-8  # of a value, whose weights are rounded to 8 bits beside a sum that is not
 
 
@@ -51,37 +50,6 @@ def test_attention_to_keys_and_values_in_bf16(isa, t_q, t_k, rng):
         k, v = kv[..., : 2 * d], kv[..., 2 * d :]  # views, two rows to each
         wanted = exact_attention(q, reference.from_bf16(k), reference.from_bf16(v), 2, False, None)
         close(kernels.attention(q, k, v, 2), wanted, ATTENTION_ERROR)
-
-
-def int8_rows(x):
-    """x (B, T, D) in int8, views of wider rows, and scales that differ."""
-    wide = np.concatenate([x, x], axis=-1)
-    q, scale = reference.quantize_rows(wide.reshape(-1, wide.shape[-1]))
-    return kernels.Int8Rows(q.reshape(wide.shape)[..., : x.shape[-1]], scale.reshape(x.shape[:2]))
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("t_q", [1, 3, 8, 20])
-@pytest.mark.parametrize("t_k", [1, 31, 300])
-def test_attention_to_keys_and_values_in_int8(isa, t_q, t_k, causal, rng):
-    t_k = max(t_k, t_q) if causal else t_k
-    for d in (1, 17, 64, 80):
-        q, gate = floats(rng, 4, t_q, 2 * d), floats(rng, 4, t_q, 2)
-        k, v = (int8_rows(floats(rng, 2, t_k, 2 * d) * floats(rng, 2, t_k, 1)) for _ in range(2))
-        wanted = exact_attention(q, k.floats(), v.floats(), 2, causal, gate)
-        close(kernels.attention(q, k, v, 2, causal, gate), wanted, 2 * ATTENTION_ERROR)
-
-
-def test_keys_and_values_in_int8_beside_others_are_rejected(isa, rng):
-    q, k = floats(rng, 1, 2, 4), int8_rows(floats(rng, 1, 2, 4))
-    with pytest.raises(TypeError, match="k: expected an array of float32, got Int8Rows"):
-        kernels.attention(q, k, q, 1)
-    with pytest.raises(TypeError, match="k: expected an array of float64, got Int8Rows"):
-        kernels.attention(q.astype(float), k, k, 1)
-    with pytest.raises(ValueError, match=r"scale: expected shape \(1, 2\), got \(1, 1\)"):
-        kernels.attention(q, kernels.Int8Rows(k.q, k.scale[:, :1]), k, 1)
-    with pytest.raises(ValueError, match="precision: expected float32 or bf16 beside Int8Rows, got int8"):
-        kernels.attention(q, k, k, 1, precision="int8")
 
 
 def test_attention_rejects_half_of_bf16(isa):
@@ -141,14 +109,9 @@ def test_attention_in_bf16_keeps_to_its_arrays(compiled_isa, t_q, d, form, rng):
     row = n_head * d
     q, gate = (at_page_end(floats(rng, t_q, row), keep) for _ in range(2))
     k, v = (floats(rng, t_k, row) for _ in range(2))
-    forms, scales = [k, v], []
-    if form == "half":
-        forms = map(reference.to_bf16, forms)
-    elif form == "int8":
-        forms, scales = zip(*map(reference.quantize_rows, forms), strict=True)
-    forms, scales = ([pointer(at_page_end(x, keep)) for x in some] for some in (forms, scales))
+    forms = [pointer(at_page_end(reference.to_bf16(x) if form == "half" else x, keep)) for x in (k, v)]
     room, out = guarded((t_q, row), np.float32)
-    status = lib.mg_attention(pointer(out), pointer(q), *forms, *held(FORMS.index(form), *scales), pointer(gate), 0,
-                              row, 0, row, 0, row, d, False, lib.MG_BF16, 1, 1, n_head, t_q, t_k, d)  # fmt: skip
+    status = lib.mg_attention(pointer(out), pointer(q), *forms, FORMS.index(form), pointer(gate), 0, row, 0, row,
+                              0, row, d, False, lib.MG_BF16, 1, 1, n_head, t_q, t_k, d)  # fmt: skip
     assert status == lib.MG_OK and unharmed(room)
     close(out, exact_attention(q[None], k[None], v[None], n_head, False, gate[None])[0], 0.06)

@@ -7,7 +7,7 @@ import pytest
 
 from minigate import kernels, reference
 from tests.kernelcases import close, exact_attention, floats
-from tests.test_csrc import at_page_end, guarded, held, pointer, unharmed
+from tests.test_csrc import at_page_end, guarded, pointer, unharmed
 
 BLOCK = 256  # keys that share a scale of their probabilities, MG_WEIGHED
 SAME = 2e-3  # of the result's root mean square; a few numbers fall to the other side of a tie
@@ -119,7 +119,7 @@ def test_attention_in_int8_keeps_to_its_arrays(compiled_isa, t_q, d, half, rng):
     k, v = (floats(rng, t_k, row) for _ in range(2))
     forms = [at_page_end(reference.to_bf16(x) if half else x, keep) for x in (k, v)]
     room, out = guarded((t_q, row), np.float32)
-    status = lib.mg_attention(pointer(out), pointer(q), *map(pointer, forms), *held(half), pointer(gate), 0, row,
-                              0, row, 0, row, d, False, lib.MG_INT8, 1, 1, n_head, t_q, t_k, d)  # fmt: skip
+    status = lib.mg_attention(pointer(out), pointer(q), *map(pointer, forms), half, pointer(gate), 0, row, 0, row,
+                              0, row, d, False, lib.MG_INT8, 1, 1, n_head, t_q, t_k, d)  # fmt: skip
     assert status == lib.MG_OK and unharmed(room)
     close(out, exact_attention(q[None], k[None], v[None], n_head, False, gate[None])[0], 0.1)

@@ -53,8 +53,8 @@ def run(capsys, *arguments):
 def test_the_decoder_hears_its_own_greedy_tokens(manifest, monkeypatch):
     student, given = Model(*toy("per_head", context="variable")), []
     decoder = model.decoder
-    monkeypatch.setattr(model, "decoder", lambda ops, dims, tokens, cache: (
-        given.append(tokens) if isinstance(cache, model.Whole) else None, decoder(ops, dims, tokens, cache))[1])
+    monkeypatch.setattr(model, "decoder", lambda ops, dims, tokens, cache, *rest: (
+        given.append(tokens) if isinstance(cache, model.Whole) else None, decoder(ops, dims, tokens, cache, *rest))[1])
     rows = read_manifest(manifest)
     watch = measure_rows(student, rows, "variable", "en")
     for row, tokens in zip(rows, given, strict=True):

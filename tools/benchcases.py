@@ -19,6 +19,7 @@ import numpy as np
 from minigate import kernels, packing, reference, static_reference
 from minigate import static_kernels as static
 from minigate import training_kernels as training
+from minigate.heard_kernels import Heard, attention_heard, pack_heard
 from minigate.mel import N_SAMPLES, log_mel
 
 ROTATED = 1 << 25  # bytes of weights, or keys and values: more than caches that a core has for itself
@@ -34,13 +35,13 @@ ATTENTION = {"float32": 6e-6, "bf16": 1e-2, "int8": 5e-2}  # of attention's resu
 Run = Callable[[], object]
 
 
-def int8_rows(x: np.ndarray) -> kernels.Int8Rows:
+def heard(x: np.ndarray, n_head: int, is_values: bool) -> Heard:
     """Keys or values (1, T, D) as the decoder keeps those of the encoder's output."""
     q, scale = kernels.quantize_rows(x[0])
-    return kernels.Int8Rows(q[None], scale[None])
+    return pack_heard(q[None], scale[None], n_head, is_values)
 
 
-HOLD = {"float32": lambda x: x, "bf16": reference.to_bf16, "int8": int8_rows}  # keys and values, by how they are kept
+HOLD = {"float32": lambda x: x, "bf16": reference.to_bf16}  # keys and values, by how they are kept
 
 
 @dataclass
@@ -205,11 +206,14 @@ class Makers:
         n_bytes = 2 * T * {"float32": 4 * n_state, "bf16": 2 * n_state, "int8": n_state + 4}[held]
         count = max(LEAST_ROTATED, ROTATED // n_bytes)
         q, floating = floats(self.rng, 1, 1, n_state), [floats(self.rng, 2, 1, T, n_state) for _ in range(count)]
-        pairs = rotation([[HOLD[held](x) for x in pair] for pair in floating])
         others = rotation(floating)
+        if held == "int8":  # those of the encoder's output
+            pairs = rotation([[heard(x, n_head, i == 1) for i, x in enumerate(pair)] for pair in floating])
+        else:
+            pairs = rotation([[HOLD[held](x) for x in pair] for pair in floating])
 
         def run():
-            return kernels.attention(q, *pairs(), n_head)
+            return attention_heard(q, *pairs()) if held == "int8" else kernels.attention(q, *pairs(), n_head)
 
         def by_numpy():
             return reference.attention(q, *others(), n_head)
@@ -265,7 +269,7 @@ def cases(peaks: Peaks, threads: int, only: str = "") -> Iterator[Case]:
         makers |= {f"{many}, {kind}": partial(make.attention, precision=kind, **sizes) for kind in ATTENTION}
         makers[f"{many}, static int8"] = partial(make.static_attention, **sizes)
         makers[f"{many}, static int8, diffused"] = partial(make.static_attention, diffuse=True, **sizes)
-        makers |= {f"{one}, keys in {kind}": partial(make.one_query, held=kind, **sizes) for kind in HOLD}
+        makers |= {f"{one}, keys in {kind}": partial(make.one_query, held=kind, **sizes) for kind in (*HOLD, "int8")}
     for n_state, _ in HEADS:
         makers[f"layer_norm {T}×{n_state}"] = partial(make.layer_norm, n_state=n_state)
         makers[f"gelu {T}×{4 * n_state}"] = partial(make.gelu, n=4 * n_state)

@@ -68,7 +68,7 @@ static void check_attention(size_t t_q, size_t t_k, size_t d, int causal)
     float *q = floats(0, t_q * row), *k = floats(1, t_k * row), *v = floats(2, t_k * row), largest = 0.0f;
     float *out = output(4, t_q * row * sizeof *out), *wanted = array(5, t_q * row * sizeof *wanted);
     const float unit = (float)(MG_LOG2_E / sqrt((double)d));
-    mg_attention(out, q, k, v, NULL, NULL, MG_HELD_FLOAT, NULL, 0, row, 0, row, 0, row, 0, causal, MG_BF16, 1, 1,
+    mg_attention(out, q, k, v, MG_HELD_FLOAT, NULL, 0, row, 0, row, 0, row, 0, causal, MG_BF16, 1, 1,
                  n_head, t_q, t_k, d);
     for (size_t i = 0; i < t_q * row; i++)
         q[i] = narrow(q[i] * unit) / unit;
@@ -78,7 +78,7 @@ static void check_attention(size_t t_q, size_t t_k, size_t d, int causal)
         largest = fmaxf(largest, fabsf(v[i]));
     }
     mg_use_isa(portable->name);
-    mg_attention(wanted, q, k, v, NULL, NULL, MG_HELD_FLOAT, NULL, 0, row, 0, row, 0, row, 0, causal, MG_FLOAT32, 1, 1,
+    mg_attention(wanted, q, k, v, MG_HELD_FLOAT, NULL, 0, row, 0, row, 0, row, 0, causal, MG_FLOAT32, 1, 1,
                  n_head, t_q, t_k, d);
     mg_use_isa(isa->name);
     close_to(out, wanted, t_q * row, PROBABILITY_ERROR * (double)largest, "queries, keys", t_q, t_k);

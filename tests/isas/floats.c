@@ -8,6 +8,7 @@ static const double GELU_ERROR = 1e-6;          /* absolute, of two results that
 static const double RELATIVE = 2e-6;            /* of a float32 result, relative to the largest magnitude */
 static const double LAYER_NORM_ERROR = 5e-6;    /* of numbers of order 1; 2e-4 for rows of a few elements */
 static const double ATTENTION_ERROR = 3e-6;     /* of averages of values of order 1, with scores of order 1 */
+static const double HEARD_ERROR = 2e-4;         /* of the same with queries of 16 bits */
 static const double INT8_ERROR = 2e-2;          /* of the same in int8, a few steps at a tie */
 static const double LSE_ERROR = 5e-6;
 static const double BACKWARD_ERROR = 5e-6;
@@ -292,47 +293,65 @@ static void check_attention(const struct attention *c, enum mg_precision precisi
         q[i] *= size;
     for (int of_isa = 0; of_isa < 2; of_isa++) {
         use(of_isa ? isa : portable);
-        mg_attention(of_isa ? out : wanted, q, k, v, NULL, NULL, MG_HELD_FLOAT, gate, c->t_q * row, row, c->t_k * row,
+        mg_attention(of_isa ? out : wanted, q, k, v, MG_HELD_FLOAT, gate, c->t_q * row, row, c->t_k * row,
                      row, c->t_k * row, row, c->gate_width, c->causal, precision, c->n_batch, c->group, c->n_head,
                      c->t_q, c->t_k, c->d);
     }
     close_to(out, wanted, n_q * row, gate != NULL ? 3.5 * error : error, "queries, keys", n_q, n_k);
 }
 
-/* x (rows,n), each row with a scale, to what it is held as and back, so that both are the same numbers. */
-static void *narrowed(int room, float *x, float *scale, enum mg_held held, size_t rows, size_t n)
-{
-    uint16_t *half = array(room, rows * n * mg_held_bytes(held));
-    int8_t *q = (int8_t *)half;
-    for (size_t i = 0; i < rows * n; i++) {
-        if (held == MG_HELD_HALF) {
-            x[i] = mg_from_bf16(half[i] = mg_to_bf16(x[i]));
-        } else {
-            q[i] = (int8_t)(36.0f * x[i]);
-            x[i] = scale[i / n] * (float)q[i];
-        }
-    }
-    return half;
-}
-
-static void check_attention_narrow(const struct attention *c, enum mg_held held)
+static void check_attention_half(const struct attention *c)
 {
     size_t row = c->n_head * c->d, n_q = c->n_batch * c->t_q, n_k = c->n_batch / c->group * c->t_k;
-    float *q = floats(0, n_q * row), *k = floats(1, n_k * row), *v = floats(2, n_k * row), *scale = floats(3, 2 * n_k);
-    float *out = output(4, n_q * row * sizeof *out), *wanted = array(5, n_q * row * sizeof *wanted), largest = 1.0f;
-    for (size_t i = 0; i < 2 * n_k; i++)
-        scale[i] = 0.01f * fabsf(scale[i]);
-    void *narrow_k = narrowed(6, k, scale, held, n_k, row), *narrow_v = narrowed(7, v, scale + n_k, held, n_k, row);
-    for (size_t i = 0; i < n_k * row; i++)
+    float *q = floats(0, n_q * row), *k = floats(1, n_k * row), *v = floats(2, n_k * row), largest = 1.0f;
+    float *out = output(4, n_q * row * sizeof *out), *wanted = array(5, n_q * row * sizeof *wanted);
+    uint16_t *half_k = array(6, n_k * row * sizeof *half_k), *half_v = array(7, n_k * row * sizeof *half_v);
+    for (size_t i = 0; i < n_k * row; i++) {
+        k[i] = mg_from_bf16(half_k[i] = mg_to_bf16(k[i]));
+        v[i] = mg_from_bf16(half_v[i] = mg_to_bf16(v[i]));
         largest = fmaxf(largest, fabsf(v[i]));
-    const float *scales[2] = {held == MG_HELD_INT8 ? scale : NULL, held == MG_HELD_INT8 ? scale + n_k : NULL};
-    use(portable);
-    mg_attention(wanted, q, k, v, NULL, NULL, MG_HELD_FLOAT, NULL, c->t_q * row, row, c->t_k * row, row, c->t_k * row,
-                 row, 0, c->causal, MG_FLOAT32, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
-    use(isa);
-    mg_attention(out, q, narrow_k, narrow_v, scales[0], scales[1], held, NULL, c->t_q * row, row, c->t_k * row, row,
-                 c->t_k * row, row, 0, c->causal, MG_FLOAT32, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
+    }
+    for (int of_isa = 0; of_isa < 2; of_isa++) {
+        use(of_isa ? isa : portable);
+        mg_attention(of_isa ? out : wanted, q, of_isa ? (void *)half_k : k, of_isa ? (void *)half_v : v,
+                     of_isa ? MG_HELD_HALF : MG_HELD_FLOAT, NULL, c->t_q * row, row, c->t_k * row, row, c->t_k * row, row,
+                     0, c->causal, MG_FLOAT32, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
+    }
     close_to(out, wanted, n_q * row, 2 * ATTENTION_ERROR * (double)largest, "queries, keys", n_q, n_k);
+}
+
+/* x (rows,n) = scale * q, a scale for each row */
+static const int8_t *in_int8(int room, float *x, float *scale, size_t rows, size_t n)
+{
+    int8_t *q = array(room, rows * n);
+    for (size_t i = 0; i < rows * n; i++) {
+        if (i % n == 0)
+            scale[i / n] = 0.01f * fabsf(scale[i / n]);
+        q[i] = (int8_t)(36.0f * x[i]);
+        x[i] = scale[i / n] * (float)q[i];
+    }
+    return q;
+}
+
+static void check_attention_heard(const struct attention *c)
+{
+    size_t row = c->n_head * c->d, n_q = c->n_batch * c->t_q, windows = c->n_batch / c->group, n_k = windows * c->t_k;
+    float *q = floats(0, n_q * row), *x[2] = {floats(1, n_k * row), floats(2, n_k * row)}, *scale = floats(3, 2 * n_k);
+    float *out = output(4, n_q * row * sizeof *out), *wanted = array(5, n_q * row * sizeof *wanted), largest = 0.0f;
+    int8_t *packed[2];
+    for (int values = 0; values < 2; values++) {
+        const int8_t *steps = in_int8(6, x[values], scale + (size_t)values * n_k, n_k, row);
+        packed[values] = output(7 + values, windows * mg_heard_bytes(values, c->n_head, c->t_k, c->d));
+        mg_pack_heard(packed[values], values, steps, scale + (size_t)values * n_k, windows, c->n_head, c->t_k, c->d);
+    }
+    for (size_t i = 0; i < n_k * row; i++)
+        largest = fmaxf(largest, fabsf(x[1][i]));
+    use(portable);
+    mg_attention(wanted, q, x[0], x[1], MG_HELD_FLOAT, NULL, c->t_q * row, row, c->t_k * row, row, c->t_k * row, row, 0, 0,
+                 MG_FLOAT32, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
+    use(isa);
+    mg_attention_heard(out, q, packed[0], packed[1], NULL, 0, c->n_batch, c->group, c->n_head, c->t_q, c->t_k, c->d);
+    close_to(out, wanted, n_q * row, HEARD_ERROR * (double)largest, "queries, keys", n_q, n_k);
 }
 
 static void check_attention_training(size_t t_q, size_t t_k, size_t d, int causal)
@@ -407,11 +426,12 @@ void check_interface(void)
         check_attention(&c, MG_FLOAT32, 1.0f, 2 * ATTENTION_ERROR);
         check_attention(&c, MG_FLOAT32, 40.0f, 4e-4);   /* scores of order 100, where float32 leaves 1e-5 in the exponent */
     }
-    start_of("attention to keys and values in bfloat16 and int8");
-    for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
-        check_attention_narrow(&CASES[i], MG_HELD_HALF);
-        check_attention_narrow(&CASES[i], MG_HELD_INT8);
-    }
+    start_of("attention to keys and values in bfloat16");
+    for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++)
+        check_attention_half(&CASES[i]);
+    start_of("attention_heard");
+    for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++)
+        check_attention_heard(&CASES[i]);
     start_of("attention in int8");
     for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
         struct attention c = CASES[i];

@@ -117,12 +117,10 @@ static void check_products(enum panel which)
     for (size_t rows = 1; rows <= isa->max_rows; rows++)
         for (size_t s = 0; s < N_SIZES; s++)
             for (enum fill fill = 0; fill < FILLS; fill++) {
-                size_t k = which == VALUE ? mg_min(SIZES[s], MG_WEIGHED) : SIZES[s];
-                check_int8_panel(which, rows, k, fill, fill);
-                check_int8_panel(which, rows, k, fill, LOW);
+                check_int8_panel(which, rows, SIZES[s], fill, fill);
+                check_int8_panel(which, rows, SIZES[s], fill, LOW);
             }
-    if (which != VALUE)
-        check_int8_panel(which, 4, MG_MAX_ATTENTION, LOW, LOW);
+    check_int8_panel(which, 4, MG_MAX_ATTENTION, LOW, LOW);
 }
 
 void check_panels(void)
