@@ -116,7 +116,24 @@ enum mg_status mg_attention_heard(float *out, const float *q, const int8_t *k, c
 enum mg_status mg_choose(int64_t *ids, float *values, double *totals, float *logits, const int64_t *never,
                          const int64_t *ranges, size_t n_never, size_t begin, int prefer, size_t k, size_t m, size_t n);
 
-/* ---- the decoder of w8a8-dynamic ---- */
+/* ---- gates ---- */
+
+enum mg_gate_kind { MG_NO_GATE, MG_PER_HEAD, MG_PER_HEAD_MLP, MG_ALL_HEADS };
+
+/* The gate of an attention module, as minigate/attention.py has it.  weight, bias: (n_head, d), (n_head);
+   MG_PER_HEAD_MLP: (n_head, n_hidden, d), (n_head, n_hidden), and those of the second linear (n_head, n_hidden), (n_head);
+   MG_ALL_HEADS: (n_head, n_head*d), (n_head). */
+struct mg_gate {
+    enum mg_gate_kind kind;
+    size_t n_hidden;
+    float scale;
+    const float *weight, *bias, *weight_2, *bias_2;
+};
+
+/* out (m, n_head) = scale * sigmoid(logits of h (m, n_head*d)).  MG_BAD_VALUE: gate is of none of the kinds. */
+enum mg_status mg_gate(float *out, const struct mg_gate *gate, const float *h, size_t m, size_t n_head, size_t d);
+
+/* ---- the decoder, of w8a8-dynamic and w8a8-static ---- */
 
 /* Packed weights (n,k) with a scale for each output; bias (n) or NULL. */
 struct mg_linear {
@@ -131,12 +148,14 @@ struct mg_norm {
 struct mg_decoder_block {
     struct mg_norm attn_ln, cross_attn_ln, mlp_ln;
     struct mg_linear attn_query, attn_key, attn_value, attn_out, cross_attn_query, cross_attn_out, mlp_0, mlp_2;
+    struct mg_gate attn_gate, cross_attn_gate;
 };
 
-/* Keys and values of a block: of m rows of tokens (m, n_ctx, n_state) bfloat16, of which those before `length` are
-   there; of what the encoder heard, m/group windows packed by mg_pack_heard. */
+/* Keys and values of a block: of m rows of tokens (m, n_ctx, n_state), bfloat16 or in w8a8-static int8, of which those
+   before `length` are there; of what the encoder heard, m/group windows packed by mg_pack_heard, or in w8a8-static
+   (m/group, t_audio, n_state). */
 struct mg_decoder_cache {
-    uint16_t *k, *v;
+    void *k, *v;
     const int8_t *cross_k, *cross_v;
 };
 
@@ -147,10 +166,28 @@ struct mg_decoder_dims {
 
 /* x (m, t, n_state), t new tokens of each row after `length` others, through all blocks, in place; their keys and
    values are added to the caches.  Row b listens to what was heard in b / group.  As mg_layer_norm_rows, mg_linear_int8,
-   mg_linear_int8_rows, mg_attention (MG_BF16) and mg_attention_heard one after the other.
+   mg_linear_int8_rows, mg_gate, mg_attention (MG_BF16) and mg_attention_heard one after the other.
    MG_BAD_VALUE: n_head does not divide n_state, or group m; length + t > n_ctx; t_audio is 0. */
 enum mg_status mg_decoder_blocks(float *x, const struct mg_decoder_block *blocks, const struct mg_decoder_cache *caches,
                                  size_t n_blocks, const struct mg_decoder_dims *dims);
+
+struct mg_grid {
+    float scale;
+    int32_t zero;
+};
+
+/* Of a block's tensors, `input` before it; X and X_gate: attention without its gate and with it. */
+struct mg_decoder_grids {
+    struct mg_grid input, attn_ln, attn_query, attn_key, attn_value, attn, attn_gate, attn_out, cross_attn_ln,
+        cross_attn_query, cross_attn_key, cross_attn_value, cross_attn, cross_attn_gate, cross_attn_out, mlp_ln, mlp_0,
+        mlp_2;
+};
+
+/* mg_decoder_blocks of x in int8, as mg_layer_norm_static, mg_linear_static, mg_gate and mg_attention_static one after the
+   other. */
+enum mg_status mg_decoder_static(int8_t *x, const struct mg_decoder_block *blocks, const struct mg_decoder_grids *grids,
+                                 const struct mg_decoder_cache *caches, size_t n_blocks, int diffuse,
+                                 const struct mg_decoder_dims *dims);
 
 /* ---- w8a8-static ---- */
 

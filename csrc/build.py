@@ -11,7 +11,8 @@ from pathlib import Path
 from cffi import FFI
 
 FOLDER = Path(__file__).resolve().parent
-SOURCES = ("dispatch.c", "pool.c", "memory.c", "pack.c", "calls.c", "decoder.c", "attention.c", "portable.c",
+SOURCES = ("dispatch.c", "pool.c", "memory.c", "pack.c", "calls.c", "attention.c",
+           "gate.c", "decoder.c", "staticdecoder.c", "portable.c",
            "avx2.c", "avx2product.c", "avx2attention.c", "avx2backward.c", "avxvnni.c",
            "avx512vnni.c", "avx512attention.c", "avx512backward.c",
            "amx.c", "amxbf16.c", "trial.c", "product.c", "avx512bf16.c", "avx512bf16attention.c",

@@ -11,6 +11,7 @@ struct decoder {
     const struct mg_decoder_dims *dims;
     size_t rows;                /* m * t */
     float *x, *h, *q;           /* (rows, n_state): residual stream; layer norms and attention; queries */
+    float *gate;                /* (rows, n_head) */
     uint16_t *half;             /* (rows, n_state): keys or values of the new positions */
     int8_t *steps, *hidden;     /* (rows, n_state), (rows, n_hidden) in int8, with */
     float *scale, *hidden_scale;        /* (rows) */
@@ -41,6 +42,14 @@ static enum mg_status keep(const struct decoder *d, uint16_t *kept, const struct
     return status;
 }
 
+/* The gate of h, whose layer norm it is; NULL if there is none. */
+static enum mg_status open_gate(const struct decoder *d, const struct mg_gate *gate, const float **found)
+{
+    const struct mg_decoder_dims *s = d->dims;
+    *found = gate->kind == MG_NO_GATE ? NULL : d->gate;
+    return *found != NULL ? mg_gate(d->gate, gate, d->h, d->rows, s->n_head, s->n_state / s->n_head) : MG_OK;
+}
+
 /* x += linear of what attention made of h */
 static enum mg_status add_attended(const struct decoder *d, const struct mg_linear *w)
 {
@@ -52,6 +61,7 @@ static enum mg_status self_attention(const struct decoder *d)
 {
     const struct mg_decoder_dims *s = d->dims;
     const struct mg_decoder_block *b = d->block;
+    const float *gate = NULL;
     size_t n = s->n_state, batch = s->n_ctx * n;
     enum mg_status status = norm(d, &b->attn_ln);
     if (status == MG_OK)
@@ -61,7 +71,9 @@ static enum mg_status self_attention(const struct decoder *d)
     if (status == MG_OK)
         status = keep(d, d->cache->v, &b->attn_value);
     if (status == MG_OK)
-        status = mg_attention(d->h, d->q, d->cache->k, d->cache->v, MG_HELD_HALF, NULL, s->t * n, n, batch, n, batch, n, 0,
+        status = open_gate(d, &b->attn_gate, &gate);
+    if (status == MG_OK)
+        status = mg_attention(d->h, d->q, d->cache->k, d->cache->v, MG_HELD_HALF, gate, s->t * n, n, batch, n, batch, n, 1,
                               1, MG_BF16, s->m, 1, s->n_head, s->t, s->length + s->t, n / s->n_head);
     return status == MG_OK ? add_attended(d, &b->attn_out) : status;
 }
@@ -70,11 +82,14 @@ static enum mg_status cross_attention(const struct decoder *d)
 {
     const struct mg_decoder_dims *s = d->dims;
     const struct mg_decoder_block *b = d->block;
+    const float *gate = NULL;
     enum mg_status status = norm(d, &b->cross_attn_ln);
     if (status == MG_OK)
         status = project(d, d->q, NULL, &b->cross_attn_query, NULL);
     if (status == MG_OK)
-        status = mg_attention_heard(d->h, d->q, d->cache->cross_k, d->cache->cross_v, NULL, 0, s->m, s->group, s->n_head,
+        status = open_gate(d, &b->cross_attn_gate, &gate);
+    if (status == MG_OK)
+        status = mg_attention_heard(d->h, d->q, d->cache->cross_k, d->cache->cross_v, gate, 1, s->m, s->group, s->n_head,
                                     s->t, s->t_audio, s->n_state / s->n_head);
     return status == MG_OK ? add_attended(d, &b->cross_attn_out) : status;
 }
@@ -93,23 +108,29 @@ static enum mg_status mlp(const struct decoder *d)
     return status;
 }
 
+int mg_fits(const struct mg_decoder_dims *d)
+{
+    if (d->n_head == 0 || d->group == 0 || d->n_state % d->n_head != 0 || d->m % d->group != 0)
+        return 0;
+    return d->length <= d->n_ctx && d->t <= d->n_ctx - d->length && d->t_audio > 0;
+}
+
 enum mg_status mg_decoder_blocks(float *x, const struct mg_decoder_block *blocks, const struct mg_decoder_cache *caches,
                                  size_t n_blocks, const struct mg_decoder_dims *dims)
 {
     size_t rows = dims->m * dims->t, some = rows * dims->n_state;
-    if (dims->n_head == 0 || dims->group == 0 || dims->n_state % dims->n_head != 0 || dims->m % dims->group != 0)
+    if (!mg_fits(dims))
         return MG_BAD_VALUE;
-    if (dims->length > dims->n_ctx || dims->t > dims->n_ctx - dims->length || dims->t_audio == 0)
-        return MG_BAD_VALUE;
-    char *room = mg_take_memory(2 * rows * sizeof(float) + some * (2 * sizeof(float) + sizeof(uint16_t) + 1) +
-                                rows * dims->n_hidden);
+    char *room = mg_take_memory((2 + dims->n_head) * rows * sizeof(float) +
+                                some * (2 * sizeof(float) + sizeof(uint16_t) + 1) + rows * dims->n_hidden);
     if (room == NULL)
         return MG_NO_MEMORY;
     struct decoder d = {.dims = dims, .rows = rows, .x = x, .h = (float *)room};
     d.q = d.h + some;
     d.scale = d.q + some;
     d.hidden_scale = d.scale + rows;
-    d.half = (uint16_t *)(d.hidden_scale + rows);
+    d.gate = d.hidden_scale + rows;
+    d.half = (uint16_t *)(d.gate + rows * dims->n_head);
     d.steps = (int8_t *)(d.half + some);
     d.hidden = d.steps + some;
     enum mg_status status = MG_OK;

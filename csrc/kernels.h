@@ -291,6 +291,8 @@ extern const struct mg_int8_attention mg_neondot_int8;
 const struct mg_kernels *mg_kernels(void);
 const struct mg_kernels *mg_isa_proven(size_t i);   /* what mg_isa_name(i) is tried against, or NULL */
 
+int mg_fits(const struct mg_decoder_dims *dims);        /* whether they go together, decoder.c */
+
 /* What mg_attention is asked for, see api.h. */
 struct mg_attention_call {
     float *out;

@@ -1,16 +1,16 @@
-"""The decoder's blocks in one call to C, in the scheme w8a8-dynamic: of a token's time a third would go to calling
-their operators one by one. The results are the same to the bit. See kernels.py, whose instruction set and threads this
-shares.
+"""The decoder's blocks in one call to C, in the schemes w8a8-dynamic and w8a8-static: of a token's time a third or more
+would go to calling their operators one by one. The results are the same to the bit. See kernels.py, whose instruction
+set and threads this shares.
 
 R rows, T new tokens of each, D n_state.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 
-from minigate.heard_kernels import Heard
-from minigate.kernels import F32, U16, _array, _check, compiled, threads
+from minigate import gate_kernels
+from minigate.kernels import F32, I8, U16, _array, _check, compiled, threads
 
 if compiled:
     from minigate._kernels import ffi, lib
@@ -19,28 +19,42 @@ if compiled:
     _DIMS, _CACHES = ffi.typeof("struct mg_decoder_dims *"), ffi.typeof("struct mg_decoder_cache[]")
 
 LINEARS = ("attn.query", "attn.key", "attn.value", "attn.out", "cross_attn.query", "cross_attn.out", "mlp.0", "mlp.2")
+ATTENTIONS = ("attn", "cross_attn")
 NORMS = ("attn_ln", "cross_attn_ln", "mlp_ln")
+POINTS = ("attn_ln", "attn.query", "attn.key", "attn.value", "attn", "attn.gate", "attn.out", "cross_attn_ln",
+          "cross_attn.query", "cross_attn.key", "cross_attn.value", "cross_attn", "cross_attn.gate", "cross_attn.out",
+          "mlp_ln", "mlp.0", "mlp.2")  # of a block, after its input  # fmt: skip
 EPS = 1e-5  # of the layer norms
 
 
 class Blocks:
-    """All blocks of a decoder as C reads them.
+    """All blocks of the decoder of w8a8-dynamic as C reads them.
 
-    parameter(name), for a name within the blocks such as "0.attn.query.weight", is what the operators compute with; a
-    linear's weight has packed integers `q` and a `scale` for each output, float32 like biases and layer norms."""
+    ops: the operators on int8 weights that compute the same, all linears of the blocks in int8, gates of any kind but
+    elementwise. Their parameters live as long as this."""
 
-    def __init__(self, parameter: Callable, n_blocks: int, n_head: int):
-        self.n_head, self._kept = n_head, []
-        self._blocks = ffi.new("struct mg_decoder_block[]", n_blocks)
+    kept_as, kept_type = U16, "uint16_t[]"  # keys and values of tokens
+
+    def __init__(self, ops, dims: Mapping[str, int]):
+        self.n_head, self._kept = dims["n_text_head"], []
+        self.n_hidden, self.n_state = ops.p["decoder.blocks.0.mlp.0.weight"].q.shape
+        self._blocks = ffi.new("struct mg_decoder_block[]", dims["n_text_layer"])
         for i, block in enumerate(self._blocks):
-            for name in NORMS:
-                norm = getattr(block, name)
-                norm.weight, norm.bias = (self._floats(parameter(f"{i}.{name}.{part}")) for part in ("weight", "bias"))
-            for name in LINEARS:
-                linear, weight = getattr(block, name.replace(".", "_")), parameter(f"{i}.{name}.weight")
-                linear.packed, linear.scale = weight.q.pointer(), self._floats(weight.scale)
-                linear.bias = self._floats(parameter(f"{i}.{name}.bias"))
-        self.n_hidden, self.n_state = parameter("0.mlp.0.weight").q.shape
+            self._fill(block, ops, f"decoder.blocks.{i}")
+
+    def _fill(self, block, ops, prefix: str) -> None:
+        for name in NORMS:
+            norm = getattr(block, name)
+            norm.weight, norm.bias = (self._floats(ops.p[f"{prefix}.{name}.{part}"]) for part in ("weight", "bias"))
+        for name in LINEARS:
+            linear, weight = getattr(block, name.replace(".", "_")), ops.p[f"{prefix}.{name}.weight"]
+            linear.packed, linear.scale = weight.q.pointer(), self._floats(weight.scale)
+            linear.bias = self._floats(ops.p.get(f"{prefix}.{name}.bias"))
+        for name in ATTENTIONS:
+            gate, kept = gate_kernels.parameters(ops.gate_kind, ops.gates.get(f"{prefix}.{name}", {}), self.n_state,
+                                                 self.n_head, ops.gate_scale)  # fmt: skip
+            setattr(block, f"{name}_gate", gate)
+            self._kept += kept
 
     def _floats(self, x: np.ndarray | None):
         """A pointer to x, which from now on lives as long as this."""
@@ -52,17 +66,56 @@ class Blocks:
     def __call__(self, x: np.ndarray, cache) -> np.ndarray:
         """x (R, T, D) float32, embedded -> (R, T, D) after the last block. The keys and values of the new tokens are in
         the cache, whose length stays as it is. Not with MINIGATE_ISA=numpy, which has no blocks."""
-        x = _array("x", x, (cache.rows, None, self.n_state), F32)
-        threads()  # the choice is made, if it was open
-        y, windows, t_audio = x.copy(), *cache.cross[0][0].shape[:2]
-        kept = [self._pointers(cache.own(i, self.n_state, U16), *heard) for i, heard in enumerate(cache.cross)]
-        dims = (cache.rows, cache.rows // windows, x.shape[1], cache.length, cache.n_ctx, t_audio, self.n_head,
-                self.n_state, self.n_hidden, EPS)  # fmt: skip
-        _check(lib.mg_decoder_blocks(ffi.from_buffer(_FLOATS, y), self._blocks, ffi.new(_CACHES, kept), len(kept),
-                                     ffi.new(_DIMS, dims)))  # fmt: skip
+        y = _array("x", x, (cache.rows, None, self.n_state), F32).copy()
+        caches, dims, kept = self._place(cache, y.shape[1])
+        _check(lib.mg_decoder_blocks(ffi.from_buffer(_FLOATS, y), self._blocks, caches, len(kept), dims))
         return y
 
-    def _pointers(self, own: list[np.ndarray], k: Heard, v: Heard) -> tuple:
-        """struct mg_decoder_cache, of arrays that are dense."""
-        arrays = (_HALVES, own), (_BYTES, (*k.arrays, *v.arrays))
-        return tuple(ffi.from_buffer(kind, array) for kind, pair in arrays for array in pair)
+    def _place(self, cache, t: int) -> tuple:
+        """-> the cache and the sizes of t new tokens as C reads them; what the pointers point to, for each block."""
+        threads()  # the choice is made, if it was open
+        kept = []
+        for i, (k, v) in enumerate(cache.cross):
+            own = [ffi.from_buffer(self.kept_type, x) for x in cache.own(i, self.n_state, self.kept_as)]
+            kept.append((*own, *(ffi.from_buffer(_BYTES, self.heard(x)) for x in (k, v))))
+        windows, t_audio = cache.cross[0][0].shape[:2]
+        dims = (cache.rows, cache.rows // windows, t, cache.length, cache.n_ctx, t_audio, self.n_head, self.n_state,
+                self.n_hidden, EPS)  # fmt: skip
+        return ffi.new(_CACHES, kept), ffi.new(_DIMS, dims), kept
+
+    @staticmethod
+    def heard(x) -> np.ndarray:
+        """The array of keys or values that the encoder's output makes."""
+        return x.arrays[0]
+
+
+class StaticBlocks(Blocks):
+    """Those of w8a8-static, all of whose tensors are int8.
+
+    ops: as for Blocks, with `int8_grids` of all of them and `diffuse`."""
+
+    kept_as, kept_type = I8, "int8_t[]"
+
+    def __init__(self, ops, dims: Mapping[str, int]):
+        super().__init__(ops, dims)
+        self.diffuse, self._grids = ops.diffuse, ffi.new("struct mg_decoder_grids[]", dims["n_text_layer"])
+        before = "decoder.embed"
+        for i, grids in enumerate(self._grids):
+            grids.input = tuple(ops.int8_grids[before])
+            for name in POINTS:
+                point = f"decoder.blocks.{i}.{name}"
+                if not (name.endswith(".gate") and ops.gate_kind == "none"):
+                    setattr(grids, name.replace(".", "_"), tuple(ops.int8_grids[point]))
+            before = f"decoder.blocks.{i}.mlp.2"
+
+    def __call__(self, x: np.ndarray, cache) -> np.ndarray:
+        """As in Blocks, of int8."""
+        y = _array("x", x, (cache.rows, None, self.n_state), I8).copy()
+        caches, dims, kept = self._place(cache, y.shape[1])
+        _check(lib.mg_decoder_static(ffi.from_buffer(_BYTES, y), self._blocks, self._grids, caches, len(kept),
+                                     self.diffuse, dims))  # fmt: skip
+        return y
+
+    @staticmethod
+    def heard(x) -> np.ndarray:
+        return x

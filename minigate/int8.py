@@ -65,6 +65,12 @@ class Int8Weights(ops.Float):
         scale = np.array(np.broadcast_to(self.scales[name.removesuffix(".weight")], q.shape[:1]), np.float32)
         return Weight(self.packed(q), scale)
 
+    def has_blocks(self, dims: Mapping[str, int]) -> bool:
+        """Whether there is one call for the decoder's blocks: all their linears are int8, and gates a number a head."""
+        blocks = (f"decoder.blocks.{i}" for i in range(dims["n_text_layer"]))
+        weights = (self.p[f"{block}.{name}.weight"] for block in blocks for name in decoder_kernels.LINEARS)
+        return kernels.compiled and self.gate_kind != "elementwise" and all(isinstance(w, Weight) for w in weights)
+
     def packed(self, q: np.ndarray) -> np.ndarray | packing.PackedInt8:
         """q (N, K) -> the form for integer products, if there are any."""
         return packing.pack_int8(q, self.room)
@@ -84,15 +90,7 @@ class Dynamic(Int8Weights):
         self.kept = set(metadata["quantization"]["keep_float"])
         self.n_head = metadata["dims"]["n_text_head"]
         super().__init__(metadata, tensors)
-        self._blocks = self._pack_blocks(metadata["dims"])
-
-    def _pack_blocks(self, dims: dict) -> decoder_kernels.Blocks | None:
-        """The decoder's blocks, if all their linears are int8 and nothing is gated."""
-        blocks = range(dims["n_text_layer"])
-        linears = (f"decoder.blocks.{i}.{name}.weight" for i in blocks for name in decoder_kernels.LINEARS)
-        if not kernels.compiled or self.gate_kind != "none" or not all(isinstance(self.p[w], Weight) for w in linears):
-            return None
-        return decoder_kernels.Blocks(lambda name: self.p.get(f"decoder.blocks.{name}"), len(blocks), self.n_head)
+        self._blocks = decoder_kernels.Blocks(self, metadata["dims"]) if self.has_blocks(metadata["dims"]) else None
 
     def in_one_call(self) -> decoder_kernels.Blocks | None:
         return None if kernels.isa() == "numpy" else self._blocks

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from minigate import kernels
-from minigate.attention import gate, gate_shapes
+from minigate.attention import gate_shapes
 from minigate.checkpoint import INPUT_SCALE, ROTATIONS
+from minigate.gate_kernels import gate
 from minigate.hadamard import rotation
 
 CONV_WIDTH = 3  # both convolutions of the stem

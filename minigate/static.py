@@ -10,11 +10,11 @@ softmax, GELU, layer norm and the rotation of a turned residual stream are float
 B batch, T time, C channels in, D n_state, N outputs, V n_vocab.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from minigate import graph, int8, kernels, ops, static_kernels
+from minigate import decoder_kernels, graph, int8, kernels, ops, static_kernels
 from minigate.static_kernels import Grid, Tensor
 
 
@@ -25,9 +25,20 @@ class Static(int8.Int8Weights):
         self.grids = {point: Grid(*grid) for point, grid in graph.grids(metadata).items()}
         self.kept = set(metadata["quantization"]["keep_float"])
         self.diffuse = graph.diffuses(metadata)
+        self._last = f"decoder.blocks.{metadata['dims']['n_text_layer'] - 1}.mlp.2"
         held_float = graph.held_float(metadata)
         self.int8_grids = {point: grid for point, grid in self.grids.items() if point not in held_float}
         super().__init__(metadata, tensors)
+        floating = any(name.startswith(("decoder.blocks.", "decoder.embed")) for name in (*held_float, *self.kept))
+        self._blocks = None
+        if self.has_blocks(metadata["dims"]) and not floating:
+            self._blocks = decoder_kernels.StaticBlocks(self, metadata["dims"])
+
+    def in_one_call(self) -> Callable | None:
+        """Of Tensors, whose grids the blocks know."""
+        if kernels.isa() == "numpy" or self._blocks is None:
+            return None
+        return lambda x, cache: Tensor(self._blocks(x.data, cache), self.grids[self._last])
 
     def prepare(self, name: str, array: np.ndarray):
         if array.dtype == np.int8 and name.endswith(".positional_embedding"):

@@ -3,20 +3,33 @@
 import numpy as np
 import pytest
 
-from minigate import int8, kernels, model
+from minigate import int8, kernels, model, static
+from minigate.attention import GATE_KINDS
 from minigate.quantize import quantize_dynamic
+from minigate.quantsim import Observed
+from tests import test_static
 from tests.toy import toy_model
 
 ODD = dict(n_audio_state=36, n_text_state=36, n_audio_ctx=131, n_text_ctx=9, n_text_layer=3)
+SCHEMES = {"w8a8-dynamic": int8.Dynamic, "w8a8-static": static.Static}
+HEADS = [kind for kind in GATE_KINDS if kind != "elementwise"]
 
 
-def quantized(gate="none", keep_float=(), **dims):
-    return quantize_dynamic(*toy_model(gate, **dims), keep_float=keep_float)
+def quantized(scheme, gate="none", keep_float=(), helpers=None, **dims):
+    metadata, tensors = toy_model(gate, **dims)
+    if scheme == "w8a8-dynamic":
+        return model.Model(*quantize_dynamic(metadata, tensors, keep_float=keep_float))
+    observed, plain = Observed(metadata, tensors), model.Model(metadata, tensors)
+    plain.ops = observed
+    mel = np.random.default_rng(1).standard_normal((1, plain.dims.n_mels, 2 * plain.dims.n_audio_ctx))
+    plain.encode(mel.astype(np.float32))
+    logits(plain)
+    return model.Model(*test_static.static(metadata, tensors, observed, keep_float, helpers=helpers))
 
 
-def heard(dims, windows, seed=0):
+def heard(dims, windows):
     shape = windows, dims.n_audio_ctx, dims.n_audio_state
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 def logits(made, windows=2):
@@ -32,51 +45,62 @@ def logits(made, windows=2):
     return [*found, made.decode(np.array([[5, 6], [7, 8]]), cache)]
 
 
+@pytest.mark.parametrize("helpers", [None, {"error_diffusion": True}])
 @pytest.mark.parametrize("dims", [{}, ODD])
-def test_blocks_are_their_operators(isa, dims, monkeypatch):
-    made = model.Model(*quantized(**dims))
+@pytest.mark.parametrize("gate", HEADS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_blocks_are_their_operators(isa, scheme, gate, dims, helpers, monkeypatch):
+    if helpers and scheme == "w8a8-dynamic":
+        pytest.skip("error diffusion is of w8a8-static")
+    made = quantized(scheme, gate, helpers=helpers, **dims)
     got = logits(made)
-    monkeypatch.setattr(int8.Dynamic, "in_one_call", lambda self: None)
+    monkeypatch.setattr(SCHEMES[scheme], "in_one_call", lambda self: None)
     for one, wanted in zip(got, logits(made), strict=True):
         assert np.array_equal(one, wanted)
 
 
-def test_no_operator_of_a_block_is_called(compiled_isa, monkeypatch):
-    made = model.Model(*quantized())
-    cache = made.start(heard(made.dims, 1))
-    called = []
-    linear = int8.Dynamic.linear
-    monkeypatch.setattr(int8.Dynamic, "linear", lambda self, name, *rest, **more: called.append(name) or linear(
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_operator_of_a_block_is_called(compiled_isa, scheme, monkeypatch):
+    made = quantized(scheme, "per_head")
+    cache, called = made.start(heard(made.dims, 1)), []
+    linear = SCHEMES[scheme].linear
+    monkeypatch.setattr(SCHEMES[scheme], "linear", lambda self, name, *rest, **more: called.append(name) or linear(
         self, name, *rest, **more))  # fmt: skip
     made.decode(np.array([[1, 2]]), cache)
     assert called == ["decoder.token_embedding"] and cache.length == 2
 
 
-def test_threads_change_nothing(compiled_isa):
-    made, before = model.Model(*quantized(**ODD)), kernels.threads()
-    found = []
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_threads_change_nothing(compiled_isa, scheme):
+    made, found = quantized(scheme, "all_heads", **ODD), []
     for threads in (1, 3):
         kernels.set_threads(threads)
         found.append(logits(made))
-    kernels.set_threads(before)
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("options", [{"gate": "per_head"}, {"keep_float": ("decoder.blocks.1.mlp.2",)}])
-def test_what_has_no_such_call_goes_operator_by_operator(options):
-    made = model.Model(*quantized(**options))
-    cache = made.start(heard(made.dims, 1))
-    assert made.ops.in_one_call() is None
-    assert np.isfinite(made.decode(np.array([[1, 2]]), cache)).all()
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("options", [{"gate": "elementwise"}, {"keep_float": ("decoder.blocks.1.mlp.2",)},
+                                     {"keep_float": ("decoder.blocks.0.attn",)}])  # fmt: skip
+def test_what_has_no_such_call_goes_operator_by_operator(scheme, options):
+    made = quantized(scheme, **options)
+    in_float = options.get("keep_float") == ("decoder.blocks.0.attn",) and scheme == "w8a8-dynamic"  # as it is anyway
+    assert (made.ops.in_one_call() is None) != (in_float and kernels.isa() != "numpy")
+    assert np.isfinite(made.decode(np.array([[1, 2]]), made.start(heard(made.dims, 1)))).all()
+
+
+@pytest.mark.parametrize("kept", ["encoder.ln_post", "decoder.token_embedding"])
+def test_what_is_in_float_around_the_blocks_leaves_them_in_one_call(compiled_isa, kept):
+    assert quantized("w8a8-static", keep_float=(kept,)).ops.in_one_call() is not None
 
 
 def test_wrong_input_is_named(compiled_isa):
-    made = model.Model(*quantized())
-    cache, n_state = made.start(heard(made.dims, 2)), made.dims.n_text_state
+    made = quantized("w8a8-dynamic")
+    cache, n_state, run = made.start(heard(made.dims, 2)), made.dims.n_text_state, made.ops.in_one_call()
     for x, error in ((np.zeros((1, 1, n_state), np.float32), ValueError), (np.zeros((2, 1, 8), np.float32), ValueError),
                      (np.zeros((2, 1, n_state)), TypeError)):  # fmt: skip
         with pytest.raises(error, match="x: expected"):
-            made.ops.in_one_call()(x, cache)
+            run(x, cache)
     cache.length = made.dims.n_text_ctx
     with pytest.raises(ValueError, match="status 2"):
-        made.ops.in_one_call()(np.zeros((2, 1, n_state), np.float32), cache)
+        run(np.zeros((2, 1, n_state), np.float32), cache)
