@@ -75,6 +75,22 @@ def test_conv_is_its_formula(weights):
     close(dynamic.conv(CONV, x, 2), y * ndtr(y))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("frames", [1000, 1001])
+@pytest.mark.parametrize("still", [0, 1, 2, 37, 38, 700])
+def test_frames_that_repeat_are_computed_once_and_the_same(isa, still, frames, stride, monkeypatch):
+    _, _, dynamic = quantized("per-channel")
+    x = activation(shape=(2, frames, D))
+    x[:, still:] = x[:, -1:]
+    wanted, rows = ops.Float.conv(dynamic, CONV, x, stride), []
+    linear = int8.Dynamic.linear
+    monkeypatch.setattr(int8.Dynamic, "linear", lambda self, name, x, *rest, **more: rows.append(x.shape[1]) or linear(
+        self, name, x, *rest, **more))  # fmt: skip
+    np.testing.assert_array_equal(dynamic.conv(CONV, x, stride), wanted)
+    long = frames - still > stride * (ops.CONV_FRAMES + 3)
+    assert (sum(rows) < still / stride + 6) == long
+
+
 @pytest.mark.parametrize("weights", ["per-channel", "per-tensor"])
 def test_embedding_and_logits_share_a_table(weights):
     _, tensors, dynamic = quantized(weights)
