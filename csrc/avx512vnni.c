@@ -189,16 +189,30 @@ TARGET void mg_avx512_finish_tile(const struct mg_finish_tile *t)
 
 TARGET float mg_avx512_quantize_row(int8_t *q, const float *x, size_t n)
 {
-    __m512 tops = _mm512_setzero_ps();
-    for (size_t i = 0; i < n; i += 16)
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  /* of packed bytes */
+    __m512 tops = _mm512_setzero_ps(), more = _mm512_setzero_ps();
+    size_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        tops = _mm512_max_ps(tops, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+        more = _mm512_max_ps(more, _mm512_abs_ps(_mm512_loadu_ps(x + i + 16)));
+    }
+    for (; i < n; i += 16)
         tops = _mm512_max_ps(tops, _mm512_abs_ps(_mm512_maskz_loadu_ps(mask_of(n - i), x + i)));
-    float top = _mm512_reduce_max_ps(tops);
+    float top = _mm512_reduce_max_ps(_mm512_max_ps(tops, more));
     if (top < 1e-30f) {
         memset(q, 0, n);
         return 1.0f;
     }
     __m512 inverse = _mm512_set1_ps(127.0f / top);
-    for (size_t i = 0; i < n; i += 16) {
+    for (i = 0; i + 64 <= n; i += 64) {
+        __m512i steps[4];
+        MG_UNROLL
+        for (size_t v = 0; v < 4; v++)
+            steps[v] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i + 16 * v), inverse));
+        __m512i low = _mm512_packs_epi32(steps[0], steps[1]), high = _mm512_packs_epi32(steps[2], steps[3]);
+        _mm512_storeu_si512(q + i, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
+    }
+    for (; i < n; i += 16) {
         __mmask16 mask = mask_of(n - i);
         __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
         _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtsepi32_epi8(rounded));
