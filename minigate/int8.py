@@ -2,8 +2,9 @@
 
 `Dynamic` is the scheme `w8a8-dynamic`: activations symmetric int8 with a scale per row, found at run time; products
 exact in int32. The encoder's attention is int8 too, with scales for each query and key and for some values and
-probabilities (csrc/dynamicattention.c). The decoder's is float32, but that the keys and values of the encoder's output
-are stored in int8, those of tokens in bfloat16, and many queries multiplied in bfloat16 where the instruction set can.
+probabilities (csrc/dynamicattention.c). The decoder's keys and values of the encoder's output are int8, multiplied by
+queries and probabilities of 16 bits (csrc/heardattention.c); those of tokens are stored in bfloat16, the products are
+float32, or bfloat16 of many queries where the instruction set can.
 Layer norm and GELU are float32. `WeightOnly` is the scheme `w8`: activations float32, weights expanded to float32 tile
 by tile. `w8a8-static` is in static.py.
 
@@ -17,7 +18,6 @@ import numpy as np
 
 from minigate import decoder_kernels, kernels, ops, packing, reference, static_kernels
 from minigate.heard_kernels import Heard, attention_heard, pack_heard
-from minigate.ops import CONV_FRAMES
 
 TILE = 128 * 1024  # weights that are in memory as float32 at a time, 512 kB
 
@@ -31,16 +31,6 @@ def is_cached(name: str) -> bool:
 def is_cross(name: str) -> bool:
     """The same of the encoder's output, which are far more: in int8, by rows."""
     return name.endswith((".cross_attn.key", ".cross_attn.value"))
-
-
-def repeated(x: np.ndarray, stride: int) -> tuple[int, int]:
-    """x (B, T, C) -> the first and the last of the convolution's frames that are the same, since the end of x is: all
-    that they hear are frames equal to the last one."""
-    if x.shape[1] < 3 or (x[:, -2] != x[:, -1]).any():
-        return 0, 0
-    changes = np.flatnonzero((x != x[:, -1:]).any(axis=(0, 2)))
-    still = changes[-1] + 1 if len(changes) else 0
-    return -(-(still + 1) // stride), (x.shape[1] - 2) // stride
 
 
 class Rows(NamedTuple):
@@ -106,17 +96,15 @@ class Dynamic(Int8Weights):
     def in_one_call(self) -> decoder_kernels.Blocks | None:
         return None if kernels.isa() == "numpy" else self._blocks
 
-    def conv(self, name: str, x: np.ndarray, stride: int) -> np.ndarray:
-        """As `ops.Float.conv`. Frames that hear what the frame before them does, as behind the end of a recording, are
-        computed once: integer products of equal rows are equal, wherever these stand."""
-        first, last = repeated(x, stride)
-        if last - first < CONV_FRAMES:
-            return super().conv(name, x, stride)
-        start = super().conv(name, x[:, : stride * first + 2], stride)[:, : first + 1]
-        end = super().conv(name, x[:, stride * last :], stride)[:, 1:]  # the first of which hears no padding
-        y = kernels.empty((len(x), last + 1 + end.shape[1], start.shape[2]), start.dtype)
-        y[:, : first + 1], y[:, first + 1 : last + 1], y[:, last + 1 :] = start, start[:, first:], end
-        return y
+    def repeated(self, name: str, x: np.ndarray, stride: int) -> tuple[int, int] | None:
+        """Frames that hear nothing but frames equal to the last one, as behind a recording's end: integer products of
+        equal rows are equal, wherever these stand."""
+        if not isinstance(self.p[f"{name}.weight"], Weight) or x.shape[1] < 3 or (x[:, -2] != x[:, -1]).any():
+            return None
+        changes = np.flatnonzero((x != x[:, -1:]).any(axis=(0, 2)))
+        still = changes[-1] + 1 if len(changes) else 0
+        first, last = -(-(still + 1) // stride), (x.shape[1] - 2) // stride
+        return (first, last) if first < last else None
 
     def norm(self, name: str, x: np.ndarray) -> Rows:
         if name == "decoder.ln" and self.turns(name):

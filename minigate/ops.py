@@ -72,10 +72,18 @@ class Float:
     def conv(self, name: str, x: np.ndarray, stride: int) -> np.ndarray:
         """GELU(conv1d(x)), width 3, padding 1: x (B, T, C) -> (B, ceil(T / stride), N)."""
         frames = -(-x.shape[1] // stride)
-        pieces = [self.linear(name, conv_rows(x, stride, 0, i, min(i + CONV_FRAMES, frames)), gelu=True)
-                  for i in range(0, frames, CONV_FRAMES)]  # fmt: skip
-        y = kernels.empty((len(x), frames, pieces[0].shape[2]), pieces[0].dtype)
-        return np.concatenate(pieces, axis=1, out=y)
+        first, last = self.repeated(name, x, stride) or (frames - 1, frames - 1)
+        y = kernels.empty((len(x), frames, len(self.p[f"{name}.bias"])), x.dtype)
+        for start, end in ((0, first + 1), (last + 1, frames)):
+            for i in range(start, end, CONV_FRAMES):
+                j = min(i + CONV_FRAMES, end)
+                y[:, i:j] = self.linear(name, conv_rows(x, stride, 0, i, j), gelu=True)
+        y[:, first + 1 : last + 1] = y[:, first : first + 1]
+        return y
+
+    def repeated(self, name: str, x: np.ndarray, stride: int) -> tuple[int, int] | None:
+        """The first and the last of the convolution's frames that are the same and need to be computed once, if any."""
+        return None
 
     def add_positions(self, name: str, x: np.ndarray) -> np.ndarray:
         """x (B, T, D) + the first T positions."""
