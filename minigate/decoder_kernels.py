@@ -50,6 +50,7 @@ class Blocks:
             linear, weight = getattr(block, name.replace(".", "_")), ops.p[f"{prefix}.{name}.weight"]
             linear.packed, linear.scale = weight.q.pointer(), self._floats(weight.scale)
             linear.bias = self._floats(ops.p.get(f"{prefix}.{name}.bias"))
+            self._kept.append(weight.q)
         for name in ATTENTIONS:
             gate, kept = gate_kernels.parameters(ops.gate_kind, ops.gates.get(f"{prefix}.{name}", {}), self.n_state,
                                                  self.n_head, ops.gate_scale)  # fmt: skip

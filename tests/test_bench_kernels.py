@@ -2,13 +2,14 @@
 
 import pytest
 
-from minigate import kernels
+from minigate import kernels, reference
 from tools import bench_kernels, benchcases
 
 ROOFLESS = "no-such-folder"  # nothing can be compiled into it
-WRONG = {"matmul_int8 1500×384×384": "matmul_int8", "linear_int8 1500×384×384": "linear_int8",
-         "linear_int8 1×384×384": "linear_int8", "attention 1×1500×384, keys in bf16": "attention",
-         "gelu 1500×1536": "gelu"}  # fmt: skip
+WRONG = {"matmul_int8 1500×384×384": (kernels, "matmul_int8"), "linear_int8 1500×384×384": (kernels, "linear_int8"),
+         "linear_int8 1×384×384": (reference, "linear_int8"), "gelu 1500×1536": (kernels, "gelu"),
+         "attention 1×1500×384, keys in bf16": (kernels, "attention"),
+         "attention 1×1500×384, keys in int8": (benchcases, "attention_heard")}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +27,15 @@ def test_wrong_results_are_noticed(name, monkeypatch):
     case = next(benchcases.cases(peaks, 1, name))
     assert (case.roof is None) == (case.unit == "TOPS")
     case.check()
-    right = getattr(kernels, WRONG[name])
+    module, function = WRONG[name]
+    right = getattr(module, function)
 
     def wrong(*args, **options):
         y = right(*args, **options)
         y[-1, ..., -1] += 1
         return y
 
-    monkeypatch.setattr(kernels, WRONG[name], wrong)
+    monkeypatch.setattr(module, function, wrong)
     with pytest.raises(SystemExit, match="away from reference.py"):
         next(benchcases.cases(peaks, 1, name)).check()
 
