@@ -19,6 +19,7 @@ import numpy as np
 from minigate import decoder_kernels, kernels, ops, packing, reference, static_kernels
 from minigate.heard_kernels import Heard, attention_heard, pack_heard
 
+STEM_STEP = 128  # frames of the stem, to which those that are computed are rounded up where others repeat
 TILE = 128 * 1024  # weights that are in memory as float32 at a time, 512 kB
 
 
@@ -104,6 +105,7 @@ class Dynamic(Int8Weights):
         changes = np.flatnonzero((x != x[:, -1:]).any(axis=(0, 2)))
         still = changes[-1] + 1 if len(changes) else 0
         first, last = -(-(still + 1) // stride), (x.shape[1] - 2) // stride
+        first += -(first + 1) % STEM_STEP  # few sizes of arrays, whose memory is kept
         return (first, last) if first < last else None
 
     def norm(self, name: str, x: np.ndarray) -> Rows:
