@@ -94,15 +94,17 @@ enum mg_status mg_attention(float *out, const float *q, const void *k, const voi
                             size_t v_batch, size_t v_row, size_t gate_width, int causal, enum mg_precision precision,
                             size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k, size_t d);
 
-/* Packs what attention listens to, keys or (values: 1) values x (n_batch, t_k, n_head*d) in int8, each with a scale
-   (n_batch, t_k) above or equal to 0, for mg_attention_heard; packed: n_batch times mg_heard_bytes, on a boundary of 4.
+/* Packs what attention listens to, keys or (values: 1) values x (n_batch, t_k, n_head*d) in [-127,127], each with a scale
+   (n_batch, t_k) above or equal to 0, which of values that are all zeros becomes 0, for mg_attention_heard; packed: n_batch
+   times mg_heard_bytes, on a boundary of 4.
    MG_BAD_VALUE: t_k or d is above 32768, or t_k 0. */
 size_t mg_heard_bytes(int values, size_t n_head, size_t t_k, size_t d);
 enum mg_status mg_pack_heard(int8_t *packed, int values, const int8_t *x, const float *scale, size_t n_batch,
                              size_t n_head, size_t t_k, size_t d);
 
-/* mg_attention, all keys seen, of packed keys and values; q (n_batch, t_q, n_head*d) dense.  Rounded are queries, to
-   16256 steps of their largest element of a head, and softmax times the values' scales, to 32767 steps. */
+/* mg_attention, all keys seen, of packed keys and values; q (n_batch, t_q, n_head*d) dense and finite.  Rounded are
+   queries, to 16256 steps of their largest element of a head, and softmax times the values' scales, to 32767 steps.
+   MG_BAD_VALUE: as mg_pack_heard, and as mg_attention of group and gate_width. */
 enum mg_status mg_attention_heard(float *out, const float *q, const int8_t *k, const int8_t *v, const float *gate,
                                   size_t gate_width, size_t n_batch, size_t group, size_t n_head, size_t t_q, size_t t_k,
                                   size_t d);
@@ -130,7 +132,7 @@ struct mg_gate {
     const float *weight, *bias, *weight_2, *bias_2;
 };
 
-/* out (m, n_head) = scale * sigmoid(logits of h (m, n_head*d)).  MG_BAD_VALUE: gate is of none of the kinds. */
+/* out (m, n_head) = scale * sigmoid(logits of h (m, n_head*d)).  MG_BAD_VALUE: the kind is MG_NO_GATE, or none at all. */
 enum mg_status mg_gate(float *out, const struct mg_gate *gate, const float *h, size_t m, size_t n_head, size_t d);
 
 /* ---- the decoder, of w8a8-dynamic and w8a8-static ---- */
@@ -166,7 +168,7 @@ struct mg_decoder_dims {
 
 /* x (m, t, n_state), t new tokens of each row after `length` others, through all blocks, in place; their keys and
    values are added to the caches.  Row b listens to what was heard in b / group.  As mg_layer_norm_rows, mg_linear_int8,
-   mg_linear_int8_rows, mg_gate, mg_attention (MG_BF16) and mg_attention_heard one after the other.
+   mg_linear_int8_rows, mg_quantize_rows, mg_gate, mg_attention (MG_BF16) and mg_attention_heard one after the other.
    MG_BAD_VALUE: n_head does not divide n_state, or group m; length + t > n_ctx; t_audio is 0. */
 enum mg_status mg_decoder_blocks(float *x, const struct mg_decoder_block *blocks, const struct mg_decoder_cache *caches,
                                  size_t n_blocks, const struct mg_decoder_dims *dims);

@@ -10,29 +10,17 @@ struct gates {
     size_t m, n_head, d;
 };
 
-static float dot(const float *a, const float *b, size_t n)
-{
-    float lanes[MG_LANES] = {0};
-    size_t i = 0;
-    for (; i + MG_LANES <= n; i += MG_LANES)
-        for (int l = 0; l < MG_LANES; l++)
-            lanes[l] += a[i + l] * b[i + l];
-    for (; i < n; i++)
-        lanes[0] += a[i] * b[i];
-    return mg_total(lanes);
-}
-
 static float logit(const struct gates *job, const float *h, size_t head)
 {
     const struct mg_gate *g = job->gate;
     size_t d = job->d;
     if (g->kind == MG_ALL_HEADS)
-        return dot(h, g->weight + head * job->n_head * d, job->n_head * d) + g->bias[head];
+        return mg_dot(h, g->weight + head * job->n_head * d, 0.0f, job->n_head * d) + g->bias[head];
     if (g->kind == MG_PER_HEAD)
-        return dot(h + head * d, g->weight + head * d, d) + g->bias[head];
+        return mg_dot(h + head * d, g->weight + head * d, 0.0f, d) + g->bias[head];
     float sum = g->bias_2[head];
     for (size_t i = head * g->n_hidden; i < (head + 1) * g->n_hidden; i++) {
-        float hidden = dot(h + head * d, g->weight + i * d, d) + g->bias[i];
+        float hidden = mg_dot(h + head * d, g->weight + i * d, 0.0f, d) + g->bias[i];
         sum += hidden > 0.0f ? hidden * g->weight_2[i] : 0.0f;
     }
     return sum;

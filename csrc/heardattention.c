@@ -59,6 +59,14 @@ static void pack_values(int8_t *panels, const struct pack *job, const int8_t *va
         }
 }
 
+static int is_zero(const int8_t *x, size_t n)
+{
+    size_t i = 0;
+    while (i < n && x[i] == 0)
+        i++;
+    return i == n;
+}
+
 static void pack_head(void *context, size_t task, size_t worker)
 {
     const struct pack *job = context;
@@ -70,6 +78,9 @@ static void pack_head(void *context, size_t task, size_t worker)
     if (head == 0) {
         memset(packed, 0, padded(job->t_k) * sizeof(float));
         memcpy(packed, job->scale + window * job->t_k, job->t_k * sizeof(float));
+        for (size_t j = 0; job->values && j < job->t_k; j++)
+            if (is_zero(x + j * row, row))
+                ((float *)packed)[j] = 0.0f;
     }
     if (job->values)
         pack_values(panels + head * head_values(job->t_k, job->d), job, x);

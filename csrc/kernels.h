@@ -153,8 +153,8 @@ struct mg_int8_attention {
 };
 extern const struct mg_int8_attention mg_portable_int8;
 
-/* Kernels of training, of decoding's choices and of its cross-attention, rows.h: work on rows, or elements, first .. end-1 of a job, with
-   scratch memory. */
+/* Kernels of training, of decoding's choices and of its cross-attention, rows.h: work on rows, or elements,
+   first .. end-1 of a job, with scratch memory. */
 typedef void (*mg_row_kernel)(const void *job, size_t first, size_t end, void *room);
 struct mg_rows {
     mg_row_kernel layer_norm_backward, gelu_backward, column_sums, logit_losses, magnitude, power_sum, power_backward,
@@ -297,7 +297,7 @@ int mg_fits(const struct mg_decoder_dims *dims);        /* whether they go toget
 struct mg_attention_call {
     float *out;
     const float *q, *gate;
-    const void *k, *v;          /* as held, not in int8 */
+    const void *k, *v;          /* as held */
     enum mg_held held;
     size_t q_batch, q_row, k_batch, k_row, v_batch, v_row, gate_width;
     int causal;

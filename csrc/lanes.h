@@ -33,6 +33,19 @@ MG_INLINE float mg_exp2(float x)
     return x > -126.0f ? p : 0.0f;
 }
 
+/* sum (a - shift) (b - shift) */
+MG_INLINE float mg_dot(const float *a, const float *b, float shift, size_t n)
+{
+    float lanes[MG_LANES] = {0};
+    size_t i = 0;
+    for (; i + MG_LANES <= n; i += MG_LANES)
+        for (int l = 0; l < MG_LANES; l++)
+            lanes[l] += (a[i + l] - shift) * (b[i + l] - shift);
+    for (; i < n; i++)
+        lanes[0] += (a[i] - shift) * (b[i] - shift);
+    return mg_total(lanes);
+}
+
 MG_INLINE float mg_mean(const float *x, size_t n)
 {
     float lanes[MG_LANES] = {0};

@@ -154,27 +154,6 @@ static float quantize_row(int8_t *q, const float *x, size_t n)
     return top / 127.0f;
 }
 
-static float total(const float *lanes)
-{
-    float sum = 0.0f;
-    for (int l = 0; l < LANES; l++)
-        sum += lanes[l];
-    return sum;
-}
-
-/* sum_i (a[i] - shift) * (b[i] - shift) */
-static float dot(const float *a, const float *b, float shift, size_t n)
-{
-    float lanes[LANES] = {0};
-    size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int l = 0; l < LANES; l++)
-            lanes[l] += (a[i + l] - shift) * (b[i + l] - shift);
-    for (; i < n; i++)
-        lanes[0] += (a[i] - shift) * (b[i] - shift);
-    return total(lanes);
-}
-
 static void layer_norm_row(float *out, const float *x, const float *weight, const float *bias, float eps, size_t n)
 {
     float lanes[LANES] = {0};
@@ -184,8 +163,8 @@ static void layer_norm_row(float *out, const float *x, const float *weight, cons
             lanes[l] += x[i + l];
     for (; i < n; i++)
         lanes[0] += x[i];
-    float mean = total(lanes) / (float)n;
-    float inverse = 1.0f / sqrtf(dot(x, x, mean, n) / (float)n + eps);
+    float mean = mg_total(lanes) / (float)n;
+    float inverse = 1.0f / sqrtf(mg_dot(x, x, mean, n) / (float)n + eps);
     for (i = 0; i < n; i++)
         out[i] = (x[i] - mean) * inverse * weight[i] + bias[i];
 }
@@ -285,7 +264,7 @@ static void attend_keys(float *top, float *sum, float *o, const float *q, const 
     const float *k = (const float *)r->k + head * r->d, *v = (const float *)r->v + head * r->d;
     float unit = (float)(MG_LOG2_E / sqrt((double)r->d)), p[MG_KEYS], before = *top;
     for (size_t j = first; j < end; j++) {
-        p[j - first] = dot(q, k + j * r->k_row, 0.0f, r->d) * unit;
+        p[j - first] = mg_dot(q, k + j * r->k_row, 0.0f, r->d) * unit;
         *top = p[j - first] > *top ? p[j - first] : *top;
     }
     float scale = mg_exp2(before - *top);
@@ -327,14 +306,14 @@ static void query_backward(const struct mg_attention_head *h, size_t t)
 {
     const float *q = h->q + t * h->q_row, *dout = h->dout + t * h->dense_row;
     float *dq = h->dq + t * h->dense_row, scale = (float)(1.0 / sqrt((double)h->d));
-    float delta = dot(dout, h->out + t * h->dense_row, 0.0f, h->d);
+    float delta = mg_dot(dout, h->out + t * h->dense_row, 0.0f, h->d);
     size_t n_keys = h->causal ? t + 1 + h->t_k - h->t_q : h->t_k;
     memset(dq, 0, h->d * sizeof *dq);
     for (size_t j = 0; j < n_keys; j++) {
         const float *k = h->k + j * h->k_row;
         float *dk = h->dk + j * h->dense_row, *dv = h->dv + j * h->dense_row;
-        float p = mg_exp2((dot(q, k, 0.0f, h->d) * scale - h->lse[t]) * (float)MG_LOG2_E);
-        float dscore = p * (dot(dout, h->v + j * h->v_row, 0.0f, h->d) - delta) * scale;
+        float p = mg_exp2((mg_dot(q, k, 0.0f, h->d) * scale - h->lse[t]) * (float)MG_LOG2_E);
+        float dscore = p * (mg_dot(dout, h->v + j * h->v_row, 0.0f, h->d) - delta) * scale;
         for (size_t i = 0; i < h->d; i++) {
             dq[i] += dscore * k[i];
             dk[i] += dscore * q[i];

@@ -48,7 +48,7 @@ static enum mg_status keep(const struct decoder *d, int8_t *kept, const struct m
     const struct mg_decoder_dims *s = d->dims;
     size_t some = s->t * s->n_state;
     enum mg_status status = project(d, d->some, w, from, to);
-    for (size_t i = 0; i < s->m; i++)
+    for (size_t i = 0; status == MG_OK && i < s->m; i++)
         memcpy(kept + (i * s->n_ctx + s->length) * s->n_state, d->some + i * some, some);
     return status;
 }

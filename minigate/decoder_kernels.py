@@ -10,12 +10,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from minigate import gate_kernels
+from minigate.heard_kernels import Heard
 from minigate.kernels import F32, I8, U16, _array, _check, compiled, threads
 
 if compiled:
     from minigate._kernels import ffi, lib
 
-    _FLOATS, _BYTES, _HALVES = ffi.typeof("float[]"), ffi.typeof("int8_t[]"), ffi.typeof("uint16_t[]")
+    _FLOATS, _BYTES = ffi.typeof("float[]"), ffi.typeof("int8_t[]")
     _DIMS, _CACHES = ffi.typeof("struct mg_decoder_dims *"), ffi.typeof("struct mg_decoder_cache[]")
 
 LINEARS = ("attn.query", "attn.key", "attn.value", "attn.out", "cross_attn.query", "cross_attn.out", "mlp.0", "mlp.2")
@@ -45,11 +46,15 @@ class Blocks:
     def _fill(self, block, ops, prefix: str) -> None:
         for name in NORMS:
             norm = getattr(block, name)
-            norm.weight, norm.bias = (self._floats(ops.p[f"{prefix}.{name}.{part}"]) for part in ("weight", "bias"))
+            parts = (ops.p[f"{prefix}.{name}.{part}"] for part in ("weight", "bias"))
+            norm.weight, norm.bias = (self._floats(part, self.n_state) for part in parts)
         for name in LINEARS:
             linear, weight = getattr(block, name.replace(".", "_")), ops.p[f"{prefix}.{name}.weight"]
-            linear.packed, linear.scale = weight.q.pointer(), self._floats(weight.scale)
-            linear.bias = self._floats(ops.p.get(f"{prefix}.{name}.bias"))
+            outputs, inputs = (self.n_hidden if name == wide else self.n_state for wide in ("mlp.0", "mlp.2"))
+            if weight.q.shape != (outputs, inputs):
+                raise ValueError(f"{prefix}.{name}.weight: expected shape ({outputs}, {inputs}), got {weight.q.shape}")
+            linear.packed, linear.scale = weight.q.pointer(), self._floats(weight.scale, outputs)
+            linear.bias = self._floats(ops.p.get(f"{prefix}.{name}.bias"), outputs)
             self._kept.append(weight.q)
         for name in ATTENTIONS:
             gate, kept = gate_kernels.parameters(ops.gate_kind, ops.gates.get(f"{prefix}.{name}", {}), self.n_state,
@@ -57,11 +62,11 @@ class Blocks:
             setattr(block, f"{name}_gate", gate)
             self._kept += kept
 
-    def _floats(self, x: np.ndarray | None):
-        """A pointer to x, which from now on lives as long as this."""
+    def _floats(self, x: np.ndarray | None, n: int):
+        """A pointer to x (n,), which from now on lives as long as this."""
         if x is None:
             return ffi.NULL
-        self._kept.append(ffi.from_buffer(_FLOATS, _array("parameter", x, x.shape, F32)))
+        self._kept.append(ffi.from_buffer(_FLOATS, _array("parameter", x, (n,), F32)))
         return self._kept[-1]
 
     def __call__(self, x: np.ndarray, cache) -> np.ndarray:
@@ -75,19 +80,27 @@ class Blocks:
     def _place(self, cache, t: int) -> tuple:
         """-> the cache and the sizes of t new tokens as C reads them; what the pointers point to, for each block."""
         threads()  # the choice is made, if it was open
-        kept = []
-        for i, (k, v) in enumerate(cache.cross):
-            own = [ffi.from_buffer(self.kept_type, x) for x in cache.own(i, self.n_state, self.kept_as)]
-            kept.append((*own, *(ffi.from_buffer(_BYTES, self.heard(x)) for x in (k, v))))
-        windows, t_audio = cache.cross[0][0].shape[:2]
+        if len(cache.cross) != len(self._blocks):
+            raise ValueError(f"cache: expected {len(self._blocks)} layers, got {len(cache.cross)}")
+        (windows, t_audio, _), kept = cache.cross[0][0].shape, []
+        if not windows or cache.rows % windows:
+            raise ValueError(f"cache: expected a number of windows that divides its {cache.rows} rows, got {windows}")
+        shape, heard = (cache.rows, cache.n_ctx, self.n_state), (windows, t_audio, self.n_state)
+        for i, pair in enumerate(cache.cross):
+            own = [_array("cache", x, shape, self.kept_as) for x in cache.own(i, self.n_state, self.kept_as)]
+            cross = [self.heard(x, heard, is_values) for x, is_values in zip(pair, (False, True), strict=True)]
+            kept.append((*(ffi.from_buffer(self.kept_type, x) for x in own),
+                         *(ffi.from_buffer(_BYTES, x) for x in cross)))  # fmt: skip
         dims = (cache.rows, cache.rows // windows, t, cache.length, cache.n_ctx, t_audio, self.n_head, self.n_state,
                 self.n_hidden, EPS)  # fmt: skip
         return ffi.new(_CACHES, kept), ffi.new(_DIMS, dims), kept
 
-    @staticmethod
-    def heard(x) -> np.ndarray:
-        """The array of keys or values that the encoder's output makes."""
-        return x.arrays[0]
+    def heard(self, x, shape: tuple, is_values: bool) -> np.ndarray:
+        """The array of keys or values that the encoder's output made, after a check."""
+        if not isinstance(x, Heard) or (x.shape, x.n_head, x.is_values) != (shape, self.n_head, is_values):
+            what = f"{'values' if is_values else 'keys'} {shape} in {self.n_head} heads"
+            raise ValueError(f"cache: expected {what}, got {type(x).__name__} {x.shape}")
+        return x.packed()
 
 
 class StaticBlocks(Blocks):
@@ -117,6 +130,5 @@ class StaticBlocks(Blocks):
                                      self.diffuse, dims))  # fmt: skip
         return y
 
-    @staticmethod
-    def heard(x) -> np.ndarray:
-        return x
+    def heard(self, x, shape: tuple, is_values: bool) -> np.ndarray:
+        return _array("cache", x, shape, I8)

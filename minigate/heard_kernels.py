@@ -8,6 +8,7 @@ import numpy as np
 
 from minigate import reference
 from minigate.kernels import F32, I8, _array, _check, _floats, _in_c, _optional, compiled, empty
+from minigate.packing import PANEL
 
 if compiled:
     from minigate._kernels import ffi, lib
@@ -15,14 +16,13 @@ if compiled:
     _BYTES = ffi.typeof("int8_t[]")
 
 MAX_HEARD = 32768  # keys, and elements of a head
-PANEL = 64  # keys, or elements of values, of a panel
 
 
 class Heard:
     """Keys, or values, scale * q of some windows.
 
     shape   (W, T, D)
-    arrays  what is kept of each window: packed bytes (W, n), or without the extension q (W, T, D) and scale (W, T)
+    arrays  what is kept of each window: packed bytes (W, n), or where NumPy computes q (W, T, D) and scale (W, T)
     """
 
     __slots__ = ("arrays", "is_values", "n_head", "_shape")
@@ -43,9 +43,13 @@ class Heard:
         q, scale = self.plain()
         return q * scale[..., None]
 
+    def packed(self) -> np.ndarray:
+        """Bytes (W, n) as C reads them."""
+        return self.arrays[0] if len(self.arrays) == 1 else _pack(*self.arrays, self.n_head, self.is_values)
+
     def plain(self) -> tuple[np.ndarray, np.ndarray]:
         """q (W, T, D) int8, scale (W, T) float32."""
-        if not compiled:
+        if len(self.arrays) == 2:
             return self.arrays
         [packed], (t, n_state) = self.arrays, self._shape
         d, panels, windows = n_state // self.n_head, -(-t // PANEL), len(packed)
@@ -66,7 +70,8 @@ class Heard:
 
 
 def pack_heard(q: np.ndarray, scale: np.ndarray, n_head: int, is_values: bool) -> Heard:
-    """q (W, T, D) int8, scale (W, T) float32, at least 0: keys or values scale * q."""
+    """q (W, T, D) int8 in [-127, 127], scale (W, T) float32, at least 0: keys or values scale * q. Of values that are
+    all zeros the scale becomes 0, so that it is not the one that others' weights are rounded by."""
     q = _array("q", q, q.shape if getattr(q, "ndim", 0) == 3 else (None, None, None), I8)
     windows, t, n_state = q.shape
     scale = _array("scale", scale, (windows, t), F32)
@@ -75,13 +80,19 @@ def pack_heard(q: np.ndarray, scale: np.ndarray, n_head: int, is_values: bool) -
     if not 1 <= t <= MAX_HEARD or n_state // n_head > MAX_HEARD:
         raise ValueError(f"q: expected 1 to {MAX_HEARD} positions, and at most as many elements of a head, "
                          f"got {t} and {n_state // n_head}")  # fmt: skip
-    if not compiled:
-        return Heard((q, scale), (t, n_state), n_head, is_values)
+    if _in_c(scale):
+        return Heard((_pack(q, scale, n_head, is_values),), (t, n_state), n_head, is_values)
+    scale = np.where(q.any(axis=2), scale, np.float32(0)) if is_values else scale
+    return Heard((q, scale), (t, n_state), n_head, is_values)
+
+
+def _pack(q: np.ndarray, scale: np.ndarray, n_head: int, is_values: bool) -> np.ndarray:
+    windows, t, n_state = q.shape
     dims = n_head, t, n_state // n_head
     packed = empty((windows, lib.mg_heard_bytes(is_values, *dims)), I8)
     _check(lib.mg_pack_heard(ffi.from_buffer(_BYTES, packed), is_values, ffi.from_buffer(_BYTES, q), _floats(scale),
                              windows, *dims))  # fmt: skip
-    return Heard((packed,), (t, n_state), n_head, is_values)
+    return packed
 
 
 def attention_heard(q: np.ndarray, k: Heard, v: Heard, gate: np.ndarray | None = None) -> np.ndarray:
@@ -105,9 +116,7 @@ def attention_heard(q: np.ndarray, k: Heard, v: Heard, gate: np.ndarray | None =
     if not _in_c(q) or q.size == 0:
         values, scale = v.plain()
         return reference.attention_heard(q, k.floats(), values.astype(F32), scale, k.n_head, gate)
-    out = empty(q.shape, F32)
-    (keys,), (values,) = k.arrays, v.arrays
-    _check(lib.mg_attention_heard(_floats(out), _floats(q), ffi.from_buffer(_BYTES, keys),
-                                  ffi.from_buffer(_BYTES, values), _floats(gate), width, n_batch, n_batch // windows,
+    out, packed = empty(q.shape, F32), [ffi.from_buffer(_BYTES, x.packed()) for x in (k, v)]
+    _check(lib.mg_attention_heard(_floats(out), _floats(q), *packed, _floats(gate), width, n_batch, n_batch // windows,
                                   k.n_head, t_q, t_k, n_state // k.n_head))  # fmt: skip
     return out

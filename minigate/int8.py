@@ -98,8 +98,8 @@ class Dynamic(Int8Weights):
         return None if kernels.isa() == "numpy" else self._blocks
 
     def repeated(self, name: str, x: np.ndarray, stride: int) -> tuple[int, int] | None:
-        """Frames that hear nothing but frames equal to the last one, as behind a recording's end: integer products of
-        equal rows are equal, wherever these stand."""
+        """Frames that hear nothing but frames equal to the last one, as where zeros follow a recording's end: integer
+        products of equal rows are equal, wherever these stand."""
         if not isinstance(self.p[f"{name}.weight"], Weight) or x.shape[1] < 3 or (x[:, -2] != x[:, -1]).any():
             return None
         changes = np.flatnonzero((x != x[:, -1:]).any(axis=(0, 2)))

@@ -312,7 +312,7 @@ class Model:
 
     def _decode(self, tokens: np.ndarray, cache: Cache):
         tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or tokens.shape[0] != cache.rows or not tokens.shape[1]:
+        if tokens.ndim != 2 or tokens.shape[0] != cache.rows or not tokens.size:
             raise ValueError(f"tokens: expected shape ({cache.rows}, T) like the cache, got {tokens.shape}")
         if cache.length + tokens.shape[1] > self.dims.n_text_ctx:
             total = cache.length + tokens.shape[1]

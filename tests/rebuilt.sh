@@ -18,7 +18,8 @@ sanitized)
     build "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
     # Python itself leaks by design, and its allocator hides overruns unless it is plain malloc.
     export ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc LD_PRELOAD="$(gcc -print-file-name=libasan.so)"
-    python -m pytest -q -p no:cacheprovider tests/test_kernels*.py tests/test_csrc.py
+    python -m pytest -q -p no:cacheprovider tests/test_kernels*.py tests/test_csrc.py \
+        tests/test_decoder_kernels.py tests/test_gate_kernels.py tests/test_heard_kernels.py
     ;;
 emulated)
     build "-DMG_AMX_EMULATED -DMG_EVEX_VNNI -I$PWD/tests/isas"

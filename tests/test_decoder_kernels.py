@@ -10,6 +10,7 @@ from minigate.quantsim import Observed
 from tests import test_static
 from tests.toy import toy_model
 
+WIDE = dict(n_audio_state=136, n_text_state=136, n_audio_head=2, n_text_head=2, n_audio_ctx=80)  # panels, heads of 68
 ODD = dict(n_audio_state=36, n_text_state=36, n_audio_ctx=131, n_text_ctx=9, n_text_layer=3)
 SCHEMES = {"w8a8-dynamic": int8.Dynamic, "w8a8-static": static.Static}
 HEADS = [kind for kind in GATE_KINDS if kind != "elementwise"]
@@ -46,10 +47,10 @@ def logits(made, windows=2):
 
 
 @pytest.mark.parametrize("helpers", [None, {"error_diffusion": True}])
-@pytest.mark.parametrize("dims", [{}, ODD])
+@pytest.mark.parametrize("dims", [ODD, WIDE])
 @pytest.mark.parametrize("gate", HEADS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_blocks_are_their_operators(isa, scheme, gate, dims, helpers, monkeypatch):
+def test_blocks_are_their_operators(compiled_isa, scheme, gate, dims, helpers, monkeypatch):
     if helpers and scheme == "w8a8-dynamic":
         pytest.skip("error diffusion is of w8a8-static")
     made = quantized(scheme, gate, helpers=helpers, **dims)
@@ -104,3 +105,42 @@ def test_wrong_input_is_named(compiled_isa):
     cache.length = made.dims.n_text_ctx
     with pytest.raises(ValueError, match="status 2"):
         run(np.zeros((2, 1, n_state), np.float32), cache)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("other", [dict(n_text_layer=1), dict(n_text_layer=3), dict(n_text_head=2, n_audio_head=2),
+                                   dict(n_audio_state=64, n_text_state=64)])  # fmt: skip
+def test_caches_of_other_models_are_rejected(compiled_isa, scheme, other):
+    made, stranger = quantized(scheme), quantized(scheme, **other)
+    cache = stranger.start(heard(stranger.dims, 1))
+    if scheme == "w8a8-static" and "n_text_head" in other:
+        return  # whose caches do not know their heads
+    with pytest.raises(ValueError, match="cache: expected|layers|shape"):
+        made.decode(np.array([[1]]), cache)
+    cache = made.start(heard(made.dims, 1))
+    cache.cross = [tuple(np.zeros(x.shape, np.float32) for x in pair) for pair in cache.cross]
+    with pytest.raises((ValueError, TypeError), match="cache: expected"):
+        made.decode(np.array([[1]]), cache)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_empty_cache_is_rejected(scheme):
+    made = quantized(scheme)
+    cache = made.start(heard(made.dims, 1))
+    made.decode(np.array([[1]]), cache)
+    cache.keep(np.array([], int))
+    with pytest.raises(ValueError, match="tokens: expected shape"):
+        made.decode(np.zeros((0, 1), int), cache)
+
+
+@pytest.mark.skipif(not kernels.compiled, reason="no C extension")
+def test_the_extension_rejects_sizes_that_do_not_fit():
+    lib, ffi = kernels.lib, kernels.ffi
+    good = dict(m=2, group=1, t=1, length=0, n_ctx=4, t_audio=5, n_head=2, n_state=8, n_hidden=8, eps=1e-5)
+    for change in ({"n_head": 0}, {"n_head": 3}, {"group": 0}, {"m": 3, "group": 2}, {"t_audio": 0}, {"t": 5},
+                   {"length": 4}, {"length": 5}):  # fmt: skip
+        dims = ffi.new("struct mg_decoder_dims *", {**good, **change})
+        assert lib.mg_decoder_blocks(ffi.NULL, ffi.NULL, ffi.NULL, 0, dims) == lib.MG_BAD_VALUE
+        assert lib.mg_decoder_static(ffi.NULL, ffi.NULL, ffi.NULL, ffi.NULL, 0, 0, dims) == lib.MG_BAD_VALUE
+    dims = ffi.new("struct mg_decoder_dims *", good)
+    assert lib.mg_decoder_blocks(ffi.NULL, ffi.NULL, ffi.NULL, 0, dims) == lib.MG_OK

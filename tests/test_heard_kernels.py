@@ -92,6 +92,29 @@ def test_zeros(isa):
     assert attention_heard(q, k, v).shape == q.shape
 
 
+def test_a_value_of_zeros_takes_no_steps_from_the_others(isa, rng):
+    """Its scale is 1 as quantize_rows has it, that of the others 1e-6."""
+    x = 1e-4 * floats(rng, 1, 100, 64)
+    x[0, 50] = 0
+    (k, plain_k), (v, plain_v), q = heard(floats(rng, 1, 100, 64), 1, False), heard(x, 1, True), floats(rng, 1, 2, 64)
+    wanted = exact_attention(q, plain_k, plain_v, 1, False, None)
+    np.testing.assert_allclose(attention_heard(q, k, v), wanted, rtol=0, atol=ERROR * abs(x).max())
+    assert v.plain()[1][0, 50] == 0 and np.array_equal(v.floats(), plain_v)
+
+
+def test_what_numpy_keeps_is_packed_where_c_computes(rng):
+    before = kernels.isa()
+    if not kernels.compiled or before == "numpy":
+        pytest.skip("no C extension in use")
+    kernels.use_isa("numpy")
+    (k, _), (v, _) = both(rng, 2, 70, 16, 2)
+    q = floats(rng, 2, 1, 16)
+    wanted = attention_heard(q, k, v)
+    kernels.use_isa(before)
+    assert len(k.arrays) == 2
+    np.testing.assert_allclose(attention_heard(q, k, v), wanted, rtol=0, atol=ERROR * abs(v.floats()).max())
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_nothing(compiled_isa, threads, rng):
     (k, _), (v, _) = both(rng, 3, 200, 96, 6)

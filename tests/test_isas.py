@@ -18,7 +18,8 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 MISSING = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
 PACKAGES = "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"      # of Debian
 KERNELS = {"dot_panel, pack_rows", "score_panel", "sum_panel", "value_panel", "score_keys", "sum_values",
-           "weigh, weigh_diffused", "weigh_some", "finish", "quantize_row", "layer_norm_row", "attention"}
+           "weigh, weigh_diffused", "weigh_some", "finish", "quantize_row", "layer_norm_row", "attention",
+           "attention_heard"}
 SANITIZED = {"avx2product.c", "avxvnni.c", "amx.c", "amxbf16.c", "trial.c", "dispatch.c", "avx512vnni.c",
              "avx512bf16.c", "avx512bf16attention.c", "calls.c", "product.c", "staticattention.c", "dynamicattention.c",
              "heardattention.c"}

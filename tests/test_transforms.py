@@ -251,5 +251,6 @@ def test_a_model_of_every_scheme_keeps_what_the_helpers_made(tmp_path, scheme, k
         each.decode(heard.tokens[0], each.start(each.encode(heard.mel(0))), all_positions=True)
         for each in (loaded, simulated, plain)
     )
-    assert np.median(np.abs(got - real)) < 1e-5 * np.abs(real).max()  # a number between two steps spreads
+    error = np.abs(got - real) / np.abs(real).max()
+    assert np.median(error) < 1e-5 and np.quantile(error, 0.99) < 0.02  # a number between two steps spreads
     assert np.abs(real - expected).mean() < 0.15 * expected.std()
