@@ -156,7 +156,8 @@ class Makers:
         kernels.py, which take longer than the smallest of them."""
         count = max(LEAST_ROTATED, ROTATED // (n * k))
         plain = [int8s(self.rng, n, k) for _ in range(LEAST_ROTATED)]
-        packed = rotation([packing.pack_int8(plain[i % LEAST_ROTATED]) for i in range(count)])
+        room = packing.Room()  # as those of a model
+        packed = rotation([packing.pack_int8(plain[i % LEAST_ROTATED], room) for i in range(count)])
         w_float = rotation([plain[i % LEAST_ROTATED].astype(np.float32).T for i in range(max(2, count // 4))])
         q, a_scale, w_scale = int8s(self.rng, 1, k), abs(floats(self.rng, 1)), abs(floats(self.rng, n)) / k
         x, y, lib = q.astype(np.float32), np.empty((1, n), np.float32), kernels.lib
