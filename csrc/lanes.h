@@ -59,17 +59,7 @@ MG_INLINE float mg_mean(const float *x, size_t n)
 }
 
 /* mean of (x - mean)^2 */
-MG_INLINE float mg_variance(const float *x, float mean, size_t n)
-{
-    float lanes[MG_LANES] = {0};
-    size_t i = 0;
-    for (; i + MG_LANES <= n; i += MG_LANES)
-        for (int l = 0; l < MG_LANES; l++)
-            lanes[l] += (x[i + l] - mean) * (x[i + l] - mean);
-    for (; i < n; i++)
-        lanes[0] += (x[i] - mean) * (x[i] - mean);
-    return mg_total(lanes) / (float)n;
-}
+MG_INLINE float mg_variance(const float *x, float mean, size_t n) { return mg_dot(x, x, mean, n) / (float)n; }
 
 /* n >= 1 */
 MG_INLINE float mg_largest(const float *x, size_t n)

@@ -156,16 +156,8 @@ static float quantize_row(int8_t *q, const float *x, size_t n)
 
 static void layer_norm_row(float *out, const float *x, const float *weight, const float *bias, float eps, size_t n)
 {
-    float lanes[LANES] = {0};
-    size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int l = 0; l < LANES; l++)
-            lanes[l] += x[i + l];
-    for (; i < n; i++)
-        lanes[0] += x[i];
-    float mean = mg_total(lanes) / (float)n;
-    float inverse = 1.0f / sqrtf(mg_dot(x, x, mean, n) / (float)n + eps);
-    for (i = 0; i < n; i++)
+    float mean = mg_mean(x, n), inverse = 1.0f / sqrtf(mg_variance(x, mean, n) + eps);
+    for (size_t i = 0; i < n; i++)
         out[i] = (x[i] - mean) * inverse * weight[i] + bias[i];
 }
 

@@ -1,6 +1,6 @@
-"""The decoder's blocks in one call to C, in the schemes w8a8-dynamic and w8a8-static: of a token's time a third or more
-would go to calling their operators one by one. The results are the same to the bit. See kernels.py, whose instruction
-set and threads this shares.
+"""The decoder's blocks in one call to C, in the schemes w8a8-dynamic and w8a8-static: of a token's time a fifth to a
+half would go to calling their operators one by one. The results are the same to the bit. See kernels.py, whose
+instruction set and threads this shares.
 
 R rows, T new tokens of each, D n_state.
 """
@@ -57,10 +57,10 @@ class Blocks:
             linear.bias = self._floats(ops.p.get(f"{prefix}.{name}.bias"), outputs)
             self._kept.append(weight.q)
         for name in ATTENTIONS:
-            gate, kept = gate_kernels.parameters(ops.gate_kind, ops.gates.get(f"{prefix}.{name}", {}), self.n_state,
-                                                 self.n_head, ops.gate_scale)  # fmt: skip
+            gate = gate_kernels.parameters(ops.gate_kind, ops.gates.get(f"{prefix}.{name}", {}), self.n_state,
+                                           self.n_head, ops.gate_scale)  # fmt: skip
             setattr(block, f"{name}_gate", gate)
-            self._kept += kept
+            self._kept.append(gate)
 
     def _floats(self, x: np.ndarray | None, n: int):
         """A pointer to x (n,), which from now on lives as long as this."""

@@ -26,16 +26,15 @@ def gate(kind: str, h: np.ndarray, p: Mapping[str, np.ndarray], n_head: int, sca
     h = _array("h", h, (None, None, None), F32)
     n_state = h.shape[2]
     out = empty((*h.shape[:2], n_head), F32)
-    struct, kept = parameters(kind, p, n_state, n_head, scale)
+    struct = parameters(kind, p, n_state, n_head, scale)
     _check(lib.mg_gate(_floats(out), ffi.new("struct mg_gate *", struct), _floats(h), out.size // n_head, n_head,
                        n_state // n_head))  # fmt: skip
-    del kept
     return out
 
 
-def parameters(kind: str, p: Mapping[str, np.ndarray], n_state: int, n_head: int, scale: float) -> tuple[tuple, list]:
-    """-> struct mg_gate as cffi takes it; what its pointers point to, to be kept as long."""
+def parameters(kind: str, p: Mapping[str, np.ndarray], n_state: int, n_head: int, scale: float) -> tuple:
+    """-> struct mg_gate as cffi takes it, to be kept as long as C reads it: its pointers hold what they point to."""
     shapes = attention.gate_shapes(kind, n_state, n_head)
-    kept = [_floats(_array(name, p[name], shape, F32)) for name, shape in shapes.items()]
+    pointers = [_floats(_array(name, p[name], shape, F32)) for name, shape in shapes.items()]
     n_hidden = shapes["0.weight"][1] if kind == "per_head_mlp" else 0
-    return (KINDS[kind], n_hidden, scale, *kept, *[ffi.NULL] * (4 - len(kept))), kept
+    return KINDS[kind], n_hidden, scale, *pointers, *[ffi.NULL] * (4 - len(pointers))

@@ -111,10 +111,10 @@ def test_wrong_input_is_named(compiled_isa):
 @pytest.mark.parametrize("other", [dict(n_text_layer=1), dict(n_text_layer=3), dict(n_text_head=2, n_audio_head=2),
                                    dict(n_audio_state=64, n_text_state=64)])  # fmt: skip
 def test_caches_of_other_models_are_rejected(compiled_isa, scheme, other):
+    if scheme == "w8a8-static" and "n_text_head" in other:
+        pytest.skip("caches of w8a8-static do not know their heads")
     made, stranger = quantized(scheme), quantized(scheme, **other)
     cache = stranger.start(heard(stranger.dims, 1))
-    if scheme == "w8a8-static" and "n_text_head" in other:
-        return  # whose caches do not know their heads
     with pytest.raises(ValueError, match="cache: expected|layers|shape"):
         made.decode(np.array([[1]]), cache)
     cache = made.start(heard(made.dims, 1))
