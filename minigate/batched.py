@@ -4,9 +4,9 @@
 
 The encoder's and the decoder's weights are read once for all windows of a batch. The price: where a window ends is
 settled before its text is known, at the quietest point of its last 5 s, and no window has the text before it as a
-prompt. Where a text ends early, the rest of its window is listened to again, with other rests. The initial prompt
-stands before each recording's windows, all of them. Where the language is to be detected, the first 30 s of each
-recording are encoded once more, by themselves.
+prompt. Where a text ends early, unfinished or followed by seconds in which somebody seems to speak, the rest of its
+window is listened to again, with other rests. The initial prompt stands before each recording's windows, all of them.
+Where the language is to be detected, the first 30 s of each recording are encoded once more, by themselves.
 
 A model of variable context hears a piece's own length, so that only pieces of one length go together: they are taken
 from the next few batches' worth.
@@ -41,6 +41,7 @@ FRAMES_PER_S = SAMPLE_RATE // HOP_LENGTH
 SEARCHED = 5 * FRAMES_PER_S  # frames at a window's end in which it may be cut
 QUIET = FRAMES_PER_S // 5  # frames, 0.2 s, over which loudness is averaged
 LEAST_REST = FRAMES_PER_S  # frames without text at a window's end that are listened to again
+LEAST_PASSED_OVER = 3 * FRAMES_PER_S  # frames, the same where the text claims that nobody speaks in them
 AHEAD = 4  # batches' worth of pieces among which those of one length are looked for
 
 
@@ -93,12 +94,24 @@ class BatchedTranscription(Transcription):
         if self.options.without_timestamps or is_silence(found, self.options):
             return None
         advance = self.cut(piece, found)[1]
+        if advance == piece.n_frames:
+            advance = self._spoken_until(piece, found.tokens)
         n_frames = piece.n_frames - advance
         if advance <= 0 or n_frames < LEAST_REST:
             return None
         mel = np.zeros((len(piece.mel), N_FRAMES), np.float32)
         mel[:, :n_frames] = piece.mel[:, advance : piece.n_frames]
         return Piece(self, piece.seek + advance, mel[:, : context_frames(self.model, n_frames)], n_frames)
+
+    def _spoken_until(self, piece: "Piece", tokens: list[int]) -> int:
+        """The frame at which a text that closes with a timestamp ends; the piece's last where what follows is short,
+        or not louder anywhere than halfway between the piece's quietest and loudest 0.2 s."""
+        end = tokens[-1] - self.model.tokenizer.timestamp_begin if tokens else -1
+        end *= N_FRAMES // self.model.dims.n_audio_ctx
+        if end < 0 or piece.n_frames - end < LEAST_PASSED_OVER:
+            return piece.n_frames
+        heard = loudness(piece.mel[:, : piece.n_frames])
+        return end if heard[end:].max() > (heard.min() + heard.max()) / 2 else piece.n_frames
 
     def by_window(self) -> Iterator[list[Segment]]:
         for _, segments in decode_pieces(self.pieces(), self.options.batch_size):
@@ -115,11 +128,15 @@ class Piece:
     n_frames: int
 
 
+def loudness(mel: np.ndarray) -> np.ndarray:
+    """mel (n_mels, T) -> (T - QUIET + 1,): sums over 0.2 s, frames i to i + QUIET, of the mean log-mel of a frame."""
+    sums = np.concatenate([[0.0], mel.mean(axis=0, dtype=np.float64).cumsum()])
+    return (sums[QUIET:] - sums[:-QUIET]).round(6)
+
+
 def quietest(mel: np.ndarray) -> int:
     """mel (n_mels, 3000) -> the frame of its last 5 s, the last of equals, around which 0.2 s are the quietest."""
-    loudness = mel[:, N_FRAMES - SEARCHED - QUIET // 2 :].mean(axis=0, dtype=np.float64)
-    sums = np.concatenate([[0.0], loudness.cumsum()])
-    around = (sums[QUIET:] - sums[:-QUIET]).round(6)  # around[i]: frames i to i + QUIET of those above
+    around = loudness(mel[:, N_FRAMES - SEARCHED - QUIET // 2 :])
     return N_FRAMES - SEARCHED + len(around) - 1 - int(around[::-1].argmin())
 
 

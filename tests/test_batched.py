@@ -22,10 +22,12 @@ BEGIN = T.timestamp_begin
 
 
 class Windows:
-    """MelWindows of a recording of n_frames whose first frame says number + seek; quiet at the frames of `pauses`."""
+    """MelWindows of a recording of n_frames whose first frame says number + seek; quiet at the frames of `pauses`, loud
+    at a window's beginning and from the frames of `speech` on, for 0.3 s."""
 
-    def __init__(self, n_frames, number=0, pauses=(), error_at=None):
+    def __init__(self, n_frames, number=0, pauses=(), error_at=None, speech=()):
         self.n_frames, self.number, self.pauses, self.error_at = n_frames, number, pauses, error_at
+        self.speech = speech
         self.duration_s = n_frames / 100
 
     def ended(self, seek, keep=None):
@@ -40,6 +42,9 @@ class Windows:
         for pause in self.pauses:
             if seek <= pause < seek + n:
                 mel[:, pause - seek - 10 : pause - seek + 10] = -1
+        for frame in (seek, *self.speech):
+            if seek <= frame < seek + n:
+                mel[1:, frame - seek : frame - seek + 30] = 4
         mel[0, 0] = self.number + seek
         return mel, n
 
@@ -148,6 +153,33 @@ def test_what_a_text_that_ends_early_leaves_is_listened_to_again():
     assert [s.id for s in result.segments] == list(range(11)) and model.starts == [0] + 9 * [1]
     result, _ = run({0: early}, Windows(1099), batch_size=2)
     assert times_and_texts(result) == [(0, 0.0, 10.0, " ask")]
+
+
+@pytest.mark.parametrize(
+    ("end_s", "speech", "heard_again"),
+    [
+        (10, 1500, True),
+        (10, 980, True),  # begun before
+        (10, 960, False),  # over
+        (10, 2850, False),  # in the next window
+        (25, 2600, True),
+        (25.1, 2600, False),  # too little is left
+        (10, None, False),
+    ],
+)
+def test_speech_behind_a_text_that_closes_early_is_listened_to(end_s, speech, heard_again):
+    texts = {0: [at(0), ASK, at(5), at(5), NOT, at(end_s)], 1: [at(0), SO, at(1), at(1)], 2800: [at(0), AND, at(1)]}
+    windows = Windows(5000, pauses=(2800,), speech=() if speech is None else (speech,))
+    result, model = run(texts, windows, batch_size=2)
+    texts = [s.text for s in result.segments]
+    assert texts[:2] == [" ask", " not"] and texts[-1] == " and" and (" so" in texts) == heard_again
+    assert [s.start for s in result.segments if s.text == " so"][:1] == [end_s] * heard_again
+
+
+def test_a_window_of_one_loudness_is_done_where_its_text_closes():
+    windows = Windows(2000)
+    windows.window = lambda seek: (np.full((80, 3000), 4.0, np.float32) * (seek > 0), 2000)
+    assert len(run({0: [at(0), ASK, at(5)]}, windows, batch_size=2)[0].segments) == 1
 
 
 def test_no_text_is_a_prompt_but_the_first_ones_and_hotwords():
