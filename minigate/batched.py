@@ -4,9 +4,10 @@
 
 The encoder's and the decoder's weights are read once for all windows of a batch. The price: where a window ends is
 settled before its text is known, at the quietest point of its last 5 s, and no window has the text before it as a
-prompt. Where a text ends early, unfinished or followed by seconds in which somebody seems to speak, the rest of its
-window is listened to again, with other rests. The initial prompt stands before each recording's windows, all of them.
-Where the language is to be detected, the first 30 s of each recording are encoded once more, by themselves.
+prompt. A text may not stop at the start of a segment, as Whisper does for a next window to begin there (`rules.py`).
+Where it closes early and seconds follow in which somebody seems to speak, the rest of its window is listened to again,
+with other rests. The initial prompt stands before each recording's windows, all of them. Where the language is to be
+detected, the first 30 s of each recording are encoded once more, by themselves.
 
 A model of variable context hears a piece's own length, so that only pieces of one length go together: they are taken
 from the next few batches' worth.
@@ -17,6 +18,7 @@ Positions are mel frames of 0.01 s, times seconds.
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -40,8 +42,8 @@ from minigate.transcribe import (
 FRAMES_PER_S = SAMPLE_RATE // HOP_LENGTH
 SEARCHED = 5 * FRAMES_PER_S  # frames at a window's end in which it may be cut
 QUIET = FRAMES_PER_S // 5  # frames, 0.2 s, over which loudness is averaged
-LEAST_REST = FRAMES_PER_S  # frames without text at a window's end that are listened to again
-LEAST_PASSED_OVER = 3 * FRAMES_PER_S  # frames, the same where the text claims that nobody speaks in them
+LEAST_REST = FRAMES_PER_S  # frames of speech without text at a window's end that are listened to again
+LEAST_PASSED_OVER = 3 * FRAMES_PER_S  # the same where the text claims that nobody speaks in them
 AHEAD = 4  # batches' worth of pieces among which those of one length are looked for
 
 
@@ -86,32 +88,26 @@ class BatchedTranscription(Transcription):
         return segments
 
     def cut(self, piece: "Piece", found: DecodingResult) -> tuple[list[tuple[float, float, list[int]]], int]:
-        return cut_whole(found.tokens, self.model.tokenizer.timestamp_begin, piece.n_frames,
-                         N_FRAMES // self.model.dims.n_audio_ctx)  # fmt: skip
+        return cut_whole(found.tokens, self.model.tokenizer.timestamp_begin, piece.n_frames, self._frames_per_step)
+
+    @property
+    def _frames_per_step(self) -> int:
+        return N_FRAMES // self.model.dims.n_audio_ctx
 
     def rest(self, piece: "Piece", found: DecodingResult) -> "Piece | None":
-        """What of a piece its text does not speak for, since it ends early; None where that is next to nothing."""
+        """What of a piece its text does not speak for, though somebody seems to speak; None where that is little."""
         if self.options.without_timestamps or is_silence(found, self.options):
             return None
-        advance = self.cut(piece, found)[1]
-        if advance == piece.n_frames:
-            advance = self._spoken_until(piece, found.tokens)
-        n_frames = piece.n_frames - advance
-        if advance <= 0 or n_frames < LEAST_REST:
+        advance, least = self.cut(piece, found)[1], LEAST_REST
+        if advance == piece.n_frames and found.tokens:  # up to the end, or to a timestamp after which nobody speaks
+            closed = (found.tokens[-1] - self.model.tokenizer.timestamp_begin) * self._frames_per_step
+            advance, least = (advance if closed < 0 else closed), LEAST_PASSED_OVER
+        if advance <= 0 or piece.speech_end - advance < least:
             return None
+        n_frames = piece.n_frames - advance
         mel = np.zeros((len(piece.mel), N_FRAMES), np.float32)
         mel[:, :n_frames] = piece.mel[:, advance : piece.n_frames]
         return Piece(self, piece.seek + advance, mel[:, : context_frames(self.model, n_frames)], n_frames)
-
-    def _spoken_until(self, piece: "Piece", tokens: list[int]) -> int:
-        """The frame at which a text that closes with a timestamp ends; the piece's last where what follows is short,
-        or not louder anywhere than halfway between the piece's quietest and loudest 0.2 s."""
-        end = tokens[-1] - self.model.tokenizer.timestamp_begin if tokens else -1
-        end *= N_FRAMES // self.model.dims.n_audio_ctx
-        if end < 0 or piece.n_frames - end < LEAST_PASSED_OVER:
-            return piece.n_frames
-        heard = loudness(piece.mel[:, : piece.n_frames])
-        return end if heard[end:].max() > (heard.min() + heard.max()) / 2 else piece.n_frames
 
     def by_window(self) -> Iterator[list[Segment]]:
         for _, segments in decode_pieces(self.pieces(), self.options.batch_size):
@@ -126,6 +122,19 @@ class Piece:
     seek: int
     mel: np.ndarray
     n_frames: int
+
+    @cached_property
+    def speech_end(self) -> int:
+        """The frame up to which somebody may speak: behind the last 0.2 s that are louder than the quietest of the
+        content by more than a quarter of what the loudest are."""
+        heard = loudness(self.mel[:, : self.n_frames])
+        loud = np.flatnonzero(heard > heard.min() + (heard.max() - heard.min()) / 4) if len(heard) else heard
+        return int(loud[-1]) + QUIET if len(loud) else 0
+
+    @property
+    def whole_s(self) -> float:
+        """Seconds before which a segment that has begun is worth its words."""
+        return max(0, self.speech_end - LEAST_REST) / FRAMES_PER_S
 
 
 def loudness(mel: np.ndarray) -> np.ndarray:
@@ -272,5 +281,5 @@ def _decode(pieces: list[Piece]) -> list[DecodingResult]:
     """Pieces of one kind, together."""
     model, options = pieces[0].transcription.model, pieces[0].transcription.options
     prompt = prompt_tokens(model, options, text_tokens(model, options.initial_prompt))
-    own = [Own(p.transcription.language, sound_s(p.n_frames, p.mel.shape[1]), (p.seek,)) for p in pieces]
+    own = [Own(p.transcription.language, sound_s(p.n_frames, p.mel.shape[1]), (p.seek,), p.whole_s) for p in pieces]
     return decode_until_good(model, model.encode(np.stack([p.mel for p in pieces])), options, prompt, own)

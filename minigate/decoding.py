@@ -38,6 +38,7 @@ class Own:
     language: str  # code
     sound_s: float | None = None
     seed: tuple[int, ...] = ()
+    whole_s: float = 0.0  # what begins before is said in this window: no other one begins with it
 
 
 def detect_language(model, xa: np.ndarray) -> list[dict[str, float]]:
@@ -89,7 +90,8 @@ def search_texts(
     logits, no_speech = open_transcript(model, opening, sot, cache)
     cache.repeat(search.group)
     logits = np.repeat(logits, search.group, axis=0)
-    rules = Rules(model, options, np.repeat([window.sound_s for window in own], search.group))
+    bounds = ([window.sound_s for window in own], [window.whole_s for window in own])
+    rules = Rules(model, options, *(np.repeat(each, search.group) for each in bounds))
     texts: dict[int, Text] = {}
     windows = np.arange(len(xa))  # those still decoded
     steps = min(options.sample_len or model.dims.n_text_ctx // 2, model.dims.n_text_ctx + 1 - opening.shape[1])

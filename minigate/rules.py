@@ -2,13 +2,15 @@
 and the same logits with forbidden ones at minus infinity.
 
 The rules are openai/whisper's: some tokens are never decoded, a text does not begin with a blank, and timestamps come
-in pairs that do not run backwards, or singly before the end. One is ours: where the model hears no silence after the
+in pairs that do not run backwards, or singly before the end. Two are ours. Where the model hears no silence after the
 sound (variable context), no segment begins when the sound is over, which would be heard as another one saying it all
-again.
+again. Where no window begins with what another one has left unfinished (they are cut beforehand), a text does not end
+at the start of a segment, as Whisper was trained to end where the window cuts one off, unless too little follows.
 
 V n_vocab.  Timestamps are the last ids of the vocabulary: `timestamp_begin` is 0.00 s, each further id 0.02 s more.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,10 +47,12 @@ class Rules:
     """The rules for one model and one choice of options; of what was decoded they remember nothing.
 
     sounds: of each row, the seconds of its sound, or None where silence is heard after it; none are given where it is
-    heard after all.
+    heard after all. wholes: of each row, the seconds before which a segment that has begun has words; none are given
+    where each may be left to another window.
     """
 
-    def __init__(self, model, options: DecodingOptions, sounds: Sequence[float | None] = ()):
+    def __init__(self, model, options: DecodingOptions, sounds: Sequence[float | None] = (),
+                 wholes: Sequence[float] = ()):  # fmt: skip
         tokenizer = model.tokenizer
         self.eot = tokenizer.eot
         self.timestamp_begin = tokenizer.timestamp_begin
@@ -56,6 +60,7 @@ class Rules:
         self.never = suppressed_tokens(model, options.suppress_tokens)
         not_first = [tokenizer.vocabulary.index(b" "), self.eot] if options.suppress_blank else []
         self.max_initial = self.max_start = None  # the latest timestamps; max_start (rows,)
+        self.whole = None  # (rows,) the first timestamp that may end a text as a start
         if self.timestamps:
             self.never = np.union1d(self.never, tokenizer.no_timestamps)
             precision_s = CHUNK_S / model.dims.n_audio_ctx  # 0.02
@@ -64,12 +69,16 @@ class Rules:
             if any(sound_s is not None for sound_s in sounds):
                 latest_s = [CHUNK_S if s is None else max(0.0, s - SHORTEST_SEGMENT_S) for s in sounds]
                 self.max_start = np.array([self.timestamp_begin + int(s / precision_s) for s in latest_s])
+            if any(wholes):
+                self.whole = np.array([self.timestamp_begin + math.ceil(s / precision_s) for s in wholes])
         self.never_first = np.union1d(self.never, np.array(not_first, np.int64))  # nor does a text begin with a blank
 
     def keep(self, rows: np.ndarray) -> None:
         """Go on with these rows only, indices into those of now."""
         if self.max_start is not None:
             self.max_start = self.max_start[rows]
+        if self.whole is not None:
+            self.whole = self.whole[rows]
 
     def choose(self, logits: np.ndarray, tokens: np.ndarray, k: int = 1) -> Choice:
         """logits (rows, V) float32, forbidden ones changed to -inf in place; tokens (rows, n): what was decoded so far,
@@ -107,6 +116,8 @@ class Rules:
         earliest = np.where(latest >= begin, latest + ~closed, begin)
         ranges[:, 2] = np.minimum(earliest, ranges[:, 3])
         ranges[last & before, 2] = ranges[0, 3]  # a start was the last token: no timestamp at all
+        if self.whole is not None and tokens.shape[1] > 1:  # a text without any words may end
+            ranges[last & before & (latest < self.whole), 1] = self.eot
         ranges[closed, 0] = self.eot
         self._begin_in_sound(ranges, closed)
 

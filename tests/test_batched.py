@@ -14,7 +14,7 @@ from minigate.errors import FileError
 from minigate.options import DecodingOptions, TranscribeOptions
 from minigate.transcribe import transcribe
 from tests.scripted import ENGLISH as T
-from tests.scripted import LOW, ScriptedModel, heard, says
+from tests.scripted import LOW, ScriptedModel, after_opening, heard, says
 from tests.test_transcribe import SURE, at, times_and_texts
 
 ASK, NOT, AND, SO = T.encode(" ask not and so")
@@ -44,7 +44,7 @@ class Windows:
                 mel[:, pause - seek - 10 : pause - seek + 10] = -1
         for frame in (seek, *self.speech):
             if seek <= frame < seek + n:
-                mel[1:, frame - seek : frame - seek + 30] = 4
+                mel[1:, frame - seek : frame - seek + 30] = 10
         mel[0, 0] = self.number + seek
         return mel, n
 
@@ -144,26 +144,45 @@ def test_a_long_recording_in_one_batch():
     assert again == result and model.starts == [0, 5500]
 
 
-def test_what_a_text_that_ends_early_leaves_is_listened_to_again():
-    early, other = [at(0), ASK, at(10), at(10)], [at(0), SO, at(2)]  # frame 1000 of a piece says 1
-    texts = {0: early, 1: [at(0), NOT, at(2), at(2)], 2800: other}
-    result, model = run(texts, Windows(5000, pauses=(2800,)), batch_size=2)
-    nots = [(seek, seek / 100, seek / 100 + 2, " not") for seek in range(1000, 2800, 200)]
-    assert times_and_texts(result) == [(0, 0.0, 10.0, " ask"), *nots, (2800, 28.0, 30.0, " so")]
+def test_what_a_text_that_stops_early_leaves_is_listened_to_again():
+    early = [at(0), *5 * [ASK], at(10), at(10)]  # as long as a text can be; frame 1000 of a piece says 1
+    texts = {0: early, 1: [at(0), *5 * [NOT], at(2), at(2)], 2800: [at(0), SO, at(2)]}
+
+    def found(windows):
+        model = ScriptedModel(says(texts, T, SURE), n_text_ctx=16)
+        return transcribe(model, windows, language="en", batch_size=2), model
+
+    result, model = found(Windows(5000, pauses=(2800,), speech=(2700,)))
+    nots = [(seek, seek / 100, seek / 100 + 2, 5 * " not") for seek in range(1000, 2800, 200)]
+    assert times_and_texts(result) == [(0, 0.0, 10.0, 5 * " ask"), *nots, (2800, 28.0, 30.0, " so")]
     assert [s.id for s in result.segments] == list(range(11)) and model.starts == [0] + 9 * [1]
-    result, _ = run({0: early}, Windows(1099), batch_size=2)
-    assert times_and_texts(result) == [(0, 0.0, 10.0, " ask")]
+    for windows in (Windows(1099, speech=(1000,)), Windows(2000), Windows(2000, speech=(900,))):
+        assert times_and_texts(found(windows)[0]) == [(0, 0.0, 10.0, 5 * " ask")]
+
+
+def test_a_text_does_not_stop_where_a_segment_begins():
+    stops = [at(0), ASK, at(10), at(10)]
+
+    def script(window, attempt, tokens):
+        said = after_opening(T, tokens)
+        if len(said) == 4:
+            return {T.eot: SURE, NOT: SURE / 2}
+        return {(stops + [None, at(12)])[len(said)] if len(said) < 6 else T.eot: SURE}
+
+    for speech, said in (((1100,), [" ask", " not"]), ((1050,), [" ask"]), ((), [" ask"])):
+        windows = Windows(2800, speech=speech)
+        found = transcribe(ScriptedModel(script), windows, batch_size=2, language="en")
+        assert [s.text for s in found.segments] == said
+        assert (found.segments[-1].end == 12) == (len(said) == 2)
 
 
 @pytest.mark.parametrize(
     ("end_s", "speech", "heard_again"),
     [
         (10, 1500, True),
-        (10, 980, True),  # begun before
-        (10, 960, False),  # over
+        (10, 1250, False),  # too little is left
         (10, 2850, False),  # in the next window
-        (25, 2600, True),
-        (25.1, 2600, False),  # too little is left
+        (24, 2680, True),
         (10, None, False),
     ],
 )
@@ -178,7 +197,7 @@ def test_speech_behind_a_text_that_closes_early_is_listened_to(end_s, speech, he
 
 def test_a_window_of_one_loudness_is_done_where_its_text_closes():
     windows = Windows(2000)
-    windows.window = lambda seek: (np.full((80, 3000), 4.0, np.float32) * (seek > 0), 2000)
+    windows.window = lambda seek: (np.full((80, 3000), 10.0, np.float32) * (seek > 0), 2000)
     assert len(run({0: [at(0), ASK, at(5)]}, windows, batch_size=2)[0].segments) == 1
 
 

@@ -20,8 +20,8 @@ NEVER = STEERING | set(T.non_speech_tokens)
 def allowed(tokens=(), row=None, **options):
     """The tokens left after `tokens`; all logits 0 unless given."""
     logits = np.zeros((1, T.n_vocab), np.float32) if row is None else np.array([row], np.float32)
-    sounds = [options.pop("sound_s")] if "sound_s" in options else []
-    Rules(MODEL, DecodingOptions(**options), sounds).choose(logits, np.array([tokens], int).reshape(1, -1))
+    bounds = [[options.pop(name)] if name in options else [] for name in ("sound_s", "whole_s")]
+    Rules(MODEL, DecodingOptions(**options), *bounds).choose(logits, np.array([tokens], int).reshape(1, -1))
     return set(np.flatnonzero(logits[0] > -np.inf).tolist())
 
 
@@ -80,6 +80,17 @@ def test_no_segment_begins_when_the_sound_is_over():
     assert allowed([65], without_timestamps=True, sound_s=2.0) == allowed([65], without_timestamps=True)
 
 
+def test_a_segment_that_begins_in_a_whole_window_has_words():
+    begun = [BEGIN, 65, BEGIN + 5, BEGIN + 60]
+    assert T.eot in allowed(begun, text_likely(), whole_s=1.2)
+    assert allowed(begun, text_likely(), whole_s=1.21) == TEXT - NEVER
+    assert T.eot in allowed(begun[:3], text_likely(), whole_s=30.0)  # the text may close
+    assert T.eot in allowed(begun[:2], text_likely(), whole_s=30.0)
+    assert T.eot in allowed([BEGIN], text_likely(), whole_s=30.0)  # and be none at all
+    options = {"without_timestamps": True}
+    assert allowed([65], **options, whole_s=30.0) == allowed([65], **options)
+
+
 def test_text_between_segments_without_a_start_keeps_the_last_time():
     assert allowed([BEGIN, 65, BEGIN + 7, BEGIN + 7, 66], text_likely()) & times(0) == times(8)
 
@@ -100,14 +111,22 @@ def test_a_timestamp_when_all_together_are_likelier_than_any_other_token():
 
 def test_rows_are_independent():
     rng = np.random.default_rng(0)
-    histories = np.array([[BEGIN, 65, 66], [BEGIN, 65, BEGIN + 5], [BEGIN + 2, 67, 68], [BEGIN, 65, T.eot]])
+    histories = np.array([[BEGIN, 65, 66], [65, BEGIN + 5, BEGIN + 5], [BEGIN + 2, 67, BEGIN + 9], [65, BEGIN, BEGIN]])
     logits = rng.normal(size=(4, T.n_vocab)).astype(np.float32)
-    rules = Rules(MODEL, DecodingOptions())
+    sounds, wholes = [None, 2.0, 0.5, 1.0], [0.0, 1.0, 0.0, 0.5]
     alone = logits.copy()
     for i in range(4):
-        rules.choose(alone[i : i + 1], histories[i : i + 1])
-    rules.choose(logits, histories)
-    np.testing.assert_array_equal(logits, alone)
+        one = slice(i, i + 1)
+        Rules(MODEL, DecodingOptions(), sounds[one], wholes[one]).choose(alone[one], histories[one])
+    rules = Rules(MODEL, DecodingOptions(), sounds, wholes)
+    together = logits.copy()
+    rules.choose(together, histories)
+    np.testing.assert_array_equal(together, alone)
+    kept = np.array([3, 1])
+    rules.keep(kept)
+    some = logits[kept]
+    rules.choose(some, histories[kept])
+    np.testing.assert_array_equal(some, alone[kept])
 
 
 def test_suppressed_tokens():
