@@ -275,6 +275,17 @@ class Model:
     def is_multilingual(self) -> bool:
         return self.dims.n_vocab >= FIRST_MULTILINGUAL_VOCAB
 
+    @property
+    def knows_prompts(self) -> bool:
+        """Whether it was trained with text before a window, as OpenAI's were: `minigate.train` gives a student none,
+        and after enough of its steps one leaves out much of what it hears behind a prompt."""
+        provenance = self.metadata["provenance"]
+        while isinstance(provenance, dict):
+            if provenance.get("training"):
+                return False
+            provenance = provenance.get("made_from")
+        return True
+
     def encode(self, mel: np.ndarray) -> np.ndarray:
         """mel (B, n_mels, 3000) float32 -> xa (B, n_audio_ctx, D) float32.
 
@@ -324,7 +335,7 @@ class Model:
 
         options, with their defaults: language=None, task="transcribe", beam_size=1, patience=1.0, length_penalty=None,
         best_of=5, temperature=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), compression_ratio_threshold=2.4, logprob_threshold=-1.0,
-        no_speech_threshold=0.6, condition_on_previous_text=True, initial_prompt=None, hotwords=None,
+        no_speech_threshold=0.6, condition_on_previous_text=None, initial_prompt=None, hotwords=None,
         suppress_tokens="-1", without_timestamps=False, batch_size=1 (see `options.TranscribeOptions`),
         on_segment=None and on_progress=None (see `transcribe.transcribe`). Raises UsageError for an option, FileError
         for the recording.

@@ -39,7 +39,8 @@ class TranscribeOptions:
     compression_ratio_threshold: float | None = 2.4  # a text that zlib shrinks more than so failed; None: no check
     logprob_threshold: float | None = -1.0  # a mean log-probability per token below failed; None: no check
     no_speech_threshold: float | None = 0.6  # probability above which a window that is also unlikely is silence
-    condition_on_previous_text: bool = True  # the text so far is the next window's prompt
+    condition_on_previous_text: bool | None = None  # the text so far is the next window's prompt; None: where the
+    # model was trained with prompts, as OpenAI's were and students are not
     initial_prompt: str | None = None  # text before the first window
     hotwords: str | None = None  # words before every window, in front of the previous text
     suppress_tokens: str | Iterable[int] | None = "-1"  # never decoded; -1: the model's list of non-speech symbols
@@ -58,7 +59,7 @@ class TranscribeOptions:
         check.number("compression_ratio_threshold", 0, optional=True)
         check.number("logprob_threshold", high=0, optional=True)
         check.number("no_speech_threshold", 0, 1, optional=True)
-        check.flag("condition_on_previous_text")
+        check.flag("condition_on_previous_text", optional=True)
         check.text("initial_prompt")
         check.text("hotwords")
         check.tokens()
@@ -146,9 +147,10 @@ class Checks:
         if getattr(self.options, name) not in choices:
             self.refuse(name, " or ".join(choices), getattr(self.options, name))
 
-    def flag(self, name: str):
-        if not isinstance(getattr(self.options, name), bool):
-            self.refuse(name, "True or False", getattr(self.options, name))
+    def flag(self, name: str, optional: bool = False):
+        value = getattr(self.options, name)
+        if not (isinstance(value, bool) or optional and value is None):
+            self.refuse(name, "True, False or None" if optional else "True or False", value)
 
     def text(self, name: str):
         value = getattr(self.options, name)
@@ -248,10 +250,10 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, defaults: dict | Non
         "failed; none: no check")
     add("no_speech_threshold", as_number_or_none, "P", "a window whose no-speech probability is above P and whose text "
         "is below the log-probability threshold is silence; none: no check")
-    group.add_argument("--no-condition-on-previous-text", dest="condition_on_previous_text", action="store_false",
+    group.add_argument("--condition-on-previous-text", action=argparse.BooleanOptionalAction,
                        default=default.condition_on_previous_text,
-                       help="do not give a window the text before it as a prompt (default: "
-                            f"{'give it' if default.condition_on_previous_text else 'not given'})")
+                       help="give a window the text before it as a prompt, or do not (default: give it to a model that "
+                            "was trained with prompts, as OpenAI's were and students of minigate.train are not)")
     add("initial_prompt", str, "TEXT", "text that precedes the first window")
     add("hotwords", str, "TEXT", "words that precede every window, names for instance")
     add("suppress_tokens", str, "IDS", "comma-separated ids of tokens that are never decoded, '' for none, -1 for the "

@@ -100,6 +100,8 @@ class Transcription:
         self._encoded: tuple[np.ndarray, np.ndarray] | None = None  # mel, xa of what the language was heard in
         self.language = self._language()
         self._previous = text_tokens(model, options.initial_prompt)  # text before the next window
+        conditioned = options.condition_on_previous_text
+        self._conditioned = model.knows_prompts if conditioned is None else conditioned
 
     @property
     def done_s(self) -> float:
@@ -163,7 +165,7 @@ class Transcription:
             pieces, advance = cut(found.tokens, begin, n_frames, N_FRAMES // self.model.dims.n_audio_ctx)
         self.seek += advance
         segments = segments_of(self.model.tokenizer, found, pieces, seek, len(self.segments))
-        if self.options.condition_on_previous_text and found.temperature <= RELIABLE_TEMPERATURE:
+        if self._conditioned and found.temperature <= RELIABLE_TEMPERATURE:
             self._previous += [token for segment in segments for token in segment.tokens]
         else:
             self._previous = []

@@ -49,6 +49,7 @@ class ScriptedModel:
         self.script, self.tokenizer = script, tokenizer
         self.metadata = {"suppress_tokens": None}
         self.is_multilingual = tokenizer.is_multilingual
+        self.knows_prompts = True
         self.dims = SimpleNamespace(
             n_mels=80, n_audio_ctx=1500, n_audio_state=2, n_vocab=tokenizer.n_vocab, n_text_ctx=n_text_ctx
         )

@@ -160,6 +160,18 @@ def test_documented_options_are_the_options():
     assert len(names) == 16
 
 
+def test_what_was_trained_here_knows_no_prompts():
+    metadata, tensors = toy_model()
+    trained = {"source": "student of toy", "teacher": {"source": "toy"}, "training": {"steps": 2}}
+    for provenance, knows in (
+        (metadata["provenance"], True), (trained, False), ({"source": "x", "made_from": trained}, False),
+        ({**trained, "training": None}, True), ({"source": "x", "teacher": trained, "training": None}, True),
+        ({"source": "x", "made_from": {"source": "y"}}, True), ({"source": "x", "made_from": "y"}, True),
+    ):  # fmt: skip
+        assert Model({**metadata, "provenance": provenance}, tensors).knows_prompts == knows, provenance
+    assert [load(name).knows_prompts for name in ("tiny.en-w8a8-dynamic", "tiny.en-gated-w8a8")] == [True, False]
+
+
 @pytest.mark.parametrize("threads", [0, 2.5, "2", True, 10**6])
 def test_threads_out_of_range(threads):
     with pytest.raises(ValueError, match="threads: expected 1 to 256, got "):

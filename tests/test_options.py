@@ -20,7 +20,7 @@ REFUSED = [
     ("patience", [0, -1.0, float("nan"), float("inf"), None, "1", 0.4]), ("length_penalty", [-0.1, 1.1, float("nan")]),
     ("best_of", [0, 1.5, None]), ("temperature", [-0.1, float("nan"), (), None, (0, "x"), 1e-5, (0.0, float("inf"))]),
     ("compression_ratio_threshold", [-1, float("nan"), "2.4"]), ("logprob_threshold", [0.1, float("nan")]),
-    ("no_speech_threshold", [-0.1, 1.1, float("nan"), True]), ("condition_on_previous_text", [1, None]),
+    ("no_speech_threshold", [-0.1, 1.1, float("nan"), True]), ("condition_on_previous_text", [1, "no"]),
     ("initial_prompt", [3, "\udc80"]), ("hotwords", [["a"], "\udc80"]), ("without_timestamps", ["no"]),
     ("suppress_tokens", ["x", "1,,2", [1.5], [-2], 7, [True, None]]),
 ]  # fmt: skip

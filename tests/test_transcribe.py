@@ -145,6 +145,14 @@ def test_the_previous_text_is_the_prompt():
     assert prompts(model) == [[], [], []]
 
 
+def test_a_model_that_knows_no_prompts_is_given_none_unasked():
+    for asked, expected in ((None, [[SO], [], []]), (True, [[SO], [SO, at(0), ASK], [SO, at(0), ASK, at(0), NOT]])):
+        model = ScriptedModel(says(THREE, T, SURE))
+        model.knows_prompts = False
+        transcribe(model, 9000, language="en", condition_on_previous_text=asked, initial_prompt="so")
+        assert prompts(model) == expected
+
+
 def test_initial_prompt():
     _, model = run(THREE, 9000, initial_prompt="  so my ")
     assert prompts(model) == [T.encode(" so my"), T.encode(" so my") + [at(0), ASK],
