@@ -4,10 +4,12 @@
 
 The encoder's and the decoder's weights are read once for all windows of a batch. The price: where a window ends is
 settled before its text is known, at the quietest point of its last 5 s, and no window has the text before it as a
-prompt. A text may not stop at the start of a segment, as Whisper does for a next window to begin there (`rules.py`).
-Where it closes early and seconds follow in which somebody seems to speak, the rest of its window is listened to again,
-with other rests. The initial prompt stands before each recording's windows, all of them. Where the language is to be
-detected, the first 30 s of each recording are encoded once more, by themselves.
+prompt. Before the last second of speech a text may not stop at the start of a segment, as Whisper does for a next
+window to begin there (`rules.py`). Where it closes early and seconds follow in which somebody seems to speak, the rest
+of its window is listened to again, once, with other rests; so is what is left where a text is as long as it can be.
+What speech is, is judged by loudness alone: music may get more words than one window after the other gives it. The
+initial prompt stands before each recording's windows, all of them. Where the language is to be detected, the first 30 s
+of each recording are encoded once more, by themselves.
 
 A model of variable context hears a piece's own length, so that only pieces of one length go together: they are taken
 from the next few batches' worth.
@@ -44,6 +46,7 @@ SEARCHED = 5 * FRAMES_PER_S  # frames at a window's end in which it may be cut
 QUIET = FRAMES_PER_S // 5  # frames, 0.2 s, over which loudness is averaged
 LEAST_REST = FRAMES_PER_S  # frames of speech without text at a window's end that are listened to again
 LEAST_PASSED_OVER = 3 * FRAMES_PER_S  # the same where the text claims that nobody speaks in them
+LEAST_VARIATION = 0.3  # of the mean log-mel around speech: 12 dB
 AHEAD = 4  # batches' worth of pieces among which those of one length are looked for
 
 
@@ -98,16 +101,20 @@ class BatchedTranscription(Transcription):
         """What of a piece its text does not speak for, though somebody seems to speak; None where that is little."""
         if self.options.without_timestamps or is_silence(found, self.options):
             return None
+        if not found.text:
+            return None
         advance, least = self.cut(piece, found)[1], LEAST_REST
-        if advance == piece.n_frames and found.tokens:  # up to the end, or to a timestamp after which nobody speaks
-            closed = (found.tokens[-1] - self.model.tokenizer.timestamp_begin) * self._frames_per_step
-            advance, least = (advance if closed < 0 else closed), LEAST_PASSED_OVER
-        if advance <= 0 or piece.speech_end - advance < least:
+        last = (found.tokens[-1] - self.model.tokenizer.timestamp_begin) * self._frames_per_step
+        if last >= 0 and (advance == piece.n_frames or last >= piece.whole_s * FRAMES_PER_S):
+            advance, least = min(advance, last), LEAST_PASSED_OVER  # it claims that nobody speaks after that
+            if piece.is_rest or piece.speech[advance:].sum() < LEAST_REST:
+                return None
+        if advance < LEAST_REST or piece.speech_end - advance < least:
             return None
         n_frames = piece.n_frames - advance
         mel = np.zeros((len(piece.mel), N_FRAMES), np.float32)
         mel[:, :n_frames] = piece.mel[:, advance : piece.n_frames]
-        return Piece(self, piece.seek + advance, mel[:, : context_frames(self.model, n_frames)], n_frames)
+        return Piece(self, piece.seek + advance, mel[:, : context_frames(self.model, n_frames)], n_frames, True)
 
     def by_window(self) -> Iterator[list[Segment]]:
         for _, segments in decode_pieces(self.pieces(), self.options.batch_size):
@@ -122,14 +129,26 @@ class Piece:
     seek: int
     mel: np.ndarray
     n_frames: int
+    is_rest: bool = False  # of another piece
 
     @cached_property
-    def speech_end(self) -> int:
-        """The frame up to which somebody may speak: behind the last 0.2 s that are louder than the quietest of the
-        content by more than a quarter of what the loudest are."""
+    def speech(self) -> np.ndarray:
+        """(n,) bool: whether somebody may speak in the 0.2 s from frame i on. They are louder than the quietest of the
+        content by more than a quarter of what the loudest are, and loudness varies within a second of them, unlike
+        that of steady noise; music passes."""
         heard = loudness(self.mel[:, : self.n_frames])
-        loud = np.flatnonzero(heard > heard.min() + (heard.max() - heard.min()) / 4) if len(heard) else heard
-        return int(loud[-1]) + QUIET if len(loud) else 0
+        if not len(heard):
+            return np.zeros(0, bool)
+        around = np.pad(heard, FRAMES_PER_S, mode="edge")
+        around = np.lib.stride_tricks.sliding_window_view(around, 2 * FRAMES_PER_S + 1)
+        varies = around.max(axis=1) - around.min(axis=1) >= LEAST_VARIATION * QUIET
+        return varies & (heard > heard.min() + (heard.max() - heard.min()) / 4)
+
+    @property
+    def speech_end(self) -> int:
+        """The frame up to which somebody may speak."""
+        last = np.flatnonzero(self.speech)[-1:]
+        return int(last[0]) + QUIET if len(last) else 0
 
     @property
     def whole_s(self) -> float:

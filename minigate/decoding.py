@@ -38,7 +38,7 @@ class Own:
     language: str  # code
     sound_s: float | None = None
     seed: tuple[int, ...] = ()
-    whole_s: float = 0.0  # what begins before is said in this window: no other one begins with it
+    whole_s: float = 0.0  # a segment that begins before has words, none is left to a next window
 
 
 def detect_language(model, xa: np.ndarray) -> list[dict[str, float]]:

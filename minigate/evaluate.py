@@ -103,6 +103,8 @@ def evaluate(model: Model, rows: Sequence[Row], options: dict | None = None,
     progress wraps the utterances as they come, as tqdm does; failed is told of each row that cannot be read.
     """
     options = {**DEFAULTS, **(options or {})}
+    if options.get("condition_on_previous_text") is None:  # a report says what was done
+        options["condition_on_previous_text"] = model.knows_prompts
     failures = []
 
     def note(row: Row, error: FileError):

@@ -277,8 +277,8 @@ class Model:
 
     @property
     def knows_prompts(self) -> bool:
-        """Whether it was trained with text before a window, as OpenAI's were: `minigate.train` gives a student none,
-        and after enough of its steps one leaves out much of what it hears behind a prompt."""
+        """Whether it was trained with text before a window, as OpenAI's were. `minigate.train` gives a student none:
+        any that it trained is taken for one that leaves out much of what it hears behind a prompt."""
         provenance = self.metadata["provenance"]
         while isinstance(provenance, dict):
             if provenance.get("training"):

@@ -254,8 +254,9 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, defaults: dict | Non
                        default=default.condition_on_previous_text,
                        help="give a window the text before it as a prompt, or do not (default: give it to a model that "
                             "was trained with prompts, as OpenAI's were and students of minigate.train are not)")
-    add("initial_prompt", str, "TEXT", "text that precedes the first window")
-    add("hotwords", str, "TEXT", "words that precede every window, names for instance")
+    add("initial_prompt", str, "TEXT", "text that precedes the first window, with --batch-size each of them")
+    add("hotwords", str, "TEXT", "words that precede every window, names for instance; behind them, as behind any "
+        "prompt, a student of minigate.train leaves out much")
     add("suppress_tokens", str, "IDS", "comma-separated ids of tokens that are never decoded, '' for none, -1 for the "
         "model's list of non-speech symbols; write --suppress-tokens=-1,50 with the equals sign")
     group.add_argument("--without-timestamps", action="store_true", default=default.without_timestamps,

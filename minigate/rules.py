@@ -70,7 +70,7 @@ class Rules:
                 latest_s = [CHUNK_S if s is None else max(0.0, s - SHORTEST_SEGMENT_S) for s in sounds]
                 self.max_start = np.array([self.timestamp_begin + int(s / precision_s) for s in latest_s])
             if any(wholes):
-                self.whole = np.array([self.timestamp_begin + math.ceil(s / precision_s) for s in wholes])
+                self.whole = np.array([self.timestamp_begin + math.ceil(round(s / precision_s, 6)) for s in wholes])
         self.never_first = np.union1d(self.never, np.array(not_first, np.int64))  # nor does a text begin with a blank
 
     def keep(self, rows: np.ndarray) -> None:

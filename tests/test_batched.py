@@ -23,7 +23,7 @@ BEGIN = T.timestamp_begin
 
 class Windows:
     """MelWindows of a recording of n_frames whose first frame says number + seek; quiet at the frames of `pauses`, loud
-    at a window's beginning and from the frames of `speech` on, for 0.3 s."""
+    at a window's beginning for 0.3 s, and from the frames of `speech` on for 1.3 s."""
 
     def __init__(self, n_frames, number=0, pauses=(), error_at=None, speech=()):
         self.n_frames, self.number, self.pauses, self.error_at = n_frames, number, pauses, error_at
@@ -42,9 +42,9 @@ class Windows:
         for pause in self.pauses:
             if seek <= pause < seek + n:
                 mel[:, pause - seek - 10 : pause - seek + 10] = -1
-        for frame in (seek, *self.speech):
+        for frame, end in ((seek, seek + 30), *((frame, frame + 130) for frame in self.speech)):
             if seek <= frame < seek + n:
-                mel[1:, frame - seek : frame - seek + 30] = 10
+                mel[1:, frame - seek : min(n, end - seek)] = 10
         mel[0, 0] = self.number + seek
         return mel, n
 
@@ -117,7 +117,8 @@ def test_each_window_decodes_as_by_itself_whatever_stands_beside_it():
     def script(window, attempt, tokens):
         return 3 * noise[(len(tokens) + window) % 9] + np.where(np.arange(T.n_vocab) == T.eot, 8.0, 0)
 
-    own = [Own("en", sound_s, (7, i)) for i, sound_s in enumerate((2.0, None, 5.0, 0.5))]
+    bounds = ((2.0, 0.0), (None, 30.0), (5.0, 4.0), (0.5, 0.0))
+    own = [Own("en", sound_s, (7, i), whole_s) for i, (sound_s, whole_s) in enumerate(bounds)]
     for options in (DecodingOptions(), DecodingOptions(temperature=0.7, best_of=3), DecodingOptions(beam_size=2)):
         together = decode(ScriptedModel(script), heard(1, 2, 3, 4), options, own)
         for window, mine, result in zip((1, 2, 3, 4), own, together, strict=True):
@@ -152,7 +153,7 @@ def test_what_a_text_that_stops_early_leaves_is_listened_to_again():
         model = ScriptedModel(says(texts, T, SURE), n_text_ctx=16)
         return transcribe(model, windows, language="en", batch_size=2), model
 
-    result, model = found(Windows(5000, pauses=(2800,), speech=(2700,)))
+    result, model = found(Windows(5000, pauses=(2800,), speech=(2600,)))
     nots = [(seek, seek / 100, seek / 100 + 2, 5 * " not") for seek in range(1000, 2800, 200)]
     assert times_and_texts(result) == [(0, 0.0, 10.0, 5 * " ask"), *nots, (2800, 28.0, 30.0, " so")]
     assert [s.id for s in result.segments] == list(range(11)) and model.starts == [0] + 9 * [1]
@@ -169,7 +170,7 @@ def test_a_text_does_not_stop_where_a_segment_begins():
             return {T.eot: SURE, NOT: SURE / 2}
         return {(stops + [None, at(12)])[len(said)] if len(said) < 6 else T.eot: SURE}
 
-    for speech, said in (((1100,), [" ask", " not"]), ((1050,), [" ask"]), ((), [" ask"])):
+    for speech, said in (((1100,), [" ask", " not"]), ((950,), [" ask"]), ((), [" ask"])):
         windows = Windows(2800, speech=speech)
         found = transcribe(ScriptedModel(script), windows, batch_size=2, language="en")
         assert [s.text for s in found.segments] == said
@@ -180,9 +181,11 @@ def test_a_text_does_not_stop_where_a_segment_begins():
     ("end_s", "speech", "heard_again"),
     [
         (10, 1500, True),
-        (10, 1250, False),  # too little is left
+        (10, 1150, False),  # too little is left
+        (11.4, 1300, True),
+        (13.4, 1300, False),  # over a second of it was heard
         (10, 2850, False),  # in the next window
-        (24, 2680, True),
+        (24, 2600, True),
         (10, None, False),
     ],
 )
@@ -193,6 +196,33 @@ def test_speech_behind_a_text_that_closes_early_is_listened_to(end_s, speech, he
     texts = [s.text for s in result.segments]
     assert texts[:2] == [" ask", " not"] and texts[-1] == " and" and (" so" in texts) == heard_again
     assert [s.start for s in result.segments if s.text == " so"][:1] == [end_s] * heard_again
+
+
+def test_what_is_listened_to_again_is_not_once_more():
+    early = [at(0), ASK, at(2)]
+    result, model = run({0: early, 1: early}, Windows(2800, speech=(1000, 2000)), batch_size=2)
+    assert [(s.start, s.text) for s in result.segments] == [(0, " ask"), (2, " ask")] and model.starts == [0, 1]
+
+
+@pytest.mark.parametrize("text", [[at(0)], [], [at(2)], [at(0), ASK, at(0.5)], [at(0), at(2)]])
+def test_what_says_next_to_nothing_leaves_no_rest(text):
+    assert run({0: text}, Windows(2800, speech=(2000,)), batch_size=2, temperature=0.0)[1].starts == [0]
+
+
+@pytest.mark.parametrize("value", [0, np.nan])
+@pytest.mark.parametrize("n_frames", [1, 19, 20, 21, 500])
+def test_nobody_speaks_in_what_is_short_silent_or_no_number(n_frames, value):
+    piece = batched.Piece(None, 0, np.full((80, 3000), value, np.float32), n_frames)
+    assert not piece.speech.any() and piece.speech_end == piece.whole_s == 0
+
+
+def test_steady_noise_is_no_speech():
+    mel = np.random.default_rng(0).normal(0.1, 0.3, (80, 3000)).astype(np.float32)
+    mel[:, 500:1000] -= 0.6
+    piece = batched.Piece(None, 0, mel, 3000)
+    assert piece.speech[300:370].sum() == 0 < piece.speech[400:1000].sum() and 1080 < piece.speech_end < 1140
+    assert piece.whole_s == (piece.speech_end - 100) / 100
+    assert batched.Piece(None, 0, mel[:, 1100:], 1900).speech_end == 0
 
 
 def test_a_window_of_one_loudness_is_done_where_its_text_closes():

@@ -33,6 +33,7 @@ class FakeModel:
 
     name = "fake"
     metadata = {"quantization": None, "suppress_tokens": None}
+    knows_prompts = False
     dims = SimpleNamespace(n_audio_ctx=1500, n_text_ctx=448)
     tokenizer = Tokenizer(official_vocabulary(51864), 51864)
 
@@ -127,7 +128,7 @@ def test_from_python(manifest, model):
     told = []
     (manifest.parent / "a.wav").unlink()
     report = evaluate.evaluate(model, read_manifest(manifest), failed=lambda row, error: told.append(row.line))
-    assert model.asked[0] == {"language": "en", "temperature": 0.0} == report["options"] and told == [2]
+    assert model.asked[0] == {"language": "en", "temperature": 0.0, "condition_on_previous_text": False} == report["options"] and told == [2]
 
 
 def test_interrupt(manifest, model, monkeypatch):
