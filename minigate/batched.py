@@ -99,9 +99,7 @@ class BatchedTranscription(Transcription):
 
     def rest(self, piece: "Piece", found: DecodingResult) -> "Piece | None":
         """What of a piece its text does not speak for, though somebody seems to speak; None where that is little."""
-        if self.options.without_timestamps or is_silence(found, self.options):
-            return None
-        if not found.text:
+        if self.options.without_timestamps or is_silence(found, self.options) or not found.text:
             return None
         advance, least = self.cut(piece, found)[1], LEAST_REST
         last = (found.tokens[-1] - self.model.tokenizer.timestamp_begin) * self._frames_per_step
