@@ -30,6 +30,7 @@ from minigate.mel import HOP_LENGTH, N_FRAMES, SAMPLE_RATE
 from minigate.options import TranscribeOptions
 from minigate.result import Segment
 from minigate.transcribe import (
+    FRAMES_PER_POSITION,
     Transcription,
     context_frames,
     cut,
@@ -91,18 +92,14 @@ class BatchedTranscription(Transcription):
         return segments
 
     def cut(self, piece: "Piece", found: DecodingResult) -> tuple[list[tuple[float, float, list[int]]], int]:
-        return cut_whole(found.tokens, self.model.tokenizer.timestamp_begin, piece.n_frames, self._frames_per_step)
-
-    @property
-    def _frames_per_step(self) -> int:
-        return N_FRAMES // self.model.dims.n_audio_ctx
+        return cut_whole(found.tokens, self.model.tokenizer.timestamp_begin, piece.n_frames, FRAMES_PER_POSITION)
 
     def rest(self, piece: "Piece", found: DecodingResult) -> "Piece | None":
         """What of a piece its text does not speak for, though somebody seems to speak; None where that is little."""
         if self.options.without_timestamps or is_silence(found, self.options) or not found.text:
             return None
         advance, least = self.cut(piece, found)[1], LEAST_REST
-        last = (found.tokens[-1] - self.model.tokenizer.timestamp_begin) * self._frames_per_step
+        last = (found.tokens[-1] - self.model.tokenizer.timestamp_begin) * FRAMES_PER_POSITION
         if last >= 0 and (advance == piece.n_frames or last >= piece.whole_s * FRAMES_PER_S):
             advance, least = min(advance, last), LEAST_PASSED_OVER  # it claims that nobody speaks after that
             if piece.is_rest or piece.speech[advance:].sum() < LEAST_REST:

@@ -22,7 +22,7 @@ from minigate.options import TranscribeOptions
 from minigate.result import Result, Segment
 from minigate.rules import suppressed_tokens
 
-FRAMES_PER_POSITION = 2  # of mel per position of the encoder
+FRAMES_PER_POSITION = 2  # of mel per position of the encoder, and per step of a timestamp
 VARIABLE_STEP = SAMPLE_RATE // HOP_LENGTH  # mel frames, 1 s: to which a variable context is rounded up
 LEAST_TEXT_CTX = 16  # positions of the decoder: the opening and a few words
 RELIABLE_TEMPERATURE = 0.5  # text decoded at a higher one is no prompt for what follows
@@ -162,7 +162,7 @@ class Transcription:
             pieces, advance = [(0.0, n_frames * HOP_LENGTH / SAMPLE_RATE, found.tokens)], n_frames
         else:
             begin = self.model.tokenizer.timestamp_begin
-            pieces, advance = cut(found.tokens, begin, n_frames, N_FRAMES // self.model.dims.n_audio_ctx)
+            pieces, advance = cut(found.tokens, begin, n_frames, FRAMES_PER_POSITION)
         self.seek += advance
         segments = segments_of(self.model.tokenizer, found, pieces, seek, len(self.segments))
         if self._conditioned and found.temperature <= RELIABLE_TEMPERATURE:

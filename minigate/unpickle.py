@@ -33,7 +33,7 @@ CONSTANTS = {"MARK": MARK, "NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EM
 LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 DAMAGE = (zipfile.BadZipFile, struct.error, ValueError, TypeError, LookupError, OverflowError, OSError, EOFError,
-          NotImplementedError, RuntimeError)  # what zipfile and pickletools raise at damaged input
+          RuntimeError)  # what zipfile and pickletools raise at damaged input
 
 
 class Global(str):
