@@ -9,7 +9,7 @@ enum {
     TILE_ROWS = 48,             /* rounded up to max_rows: of an integer product, that share a pass over a panel */
     TILE_BYTES = 96 * 1024,     /* of weights in a tile: what is fetched between two looks at the task counter */
     MANY_TILES = 8,             /* of rows: enough for all threads */
-    FEW_PRODUCTS = 256 * 1024,  /* a few microseconds: not worth another thread */
+    FEW_PRODUCTS = 64 * 1024,   /* a microsecond: not worth another thread */
     ROW_FLOATS = 16 * 1024      /* of a task of the elementwise kernels */
 };
 

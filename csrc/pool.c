@@ -7,6 +7,7 @@
 #include "kernels.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <time.h>
@@ -22,6 +23,7 @@ static struct {
     pthread_cond_t work, done;
     atomic_uint generation;     /* of the job; counts up at each one */
     atomic_uint state, sleepers, waiting, stop;
+    atomic_int caller_cpu;      /* on which the caller ran when he last woke workers */
     atomic_size_t wanted;       /* threads, the caller included */
     size_t running;             /* workers; guarded by busy */
     pthread_t threads[MG_MAX_THREADS];
@@ -95,19 +97,40 @@ static void leave(void)
     }
 }
 
+/* Linux may wake a worker on the caller's own processor, though another one is idle, and for a long time: the two then take
+   turns, and are slower than the caller alone.  Forbidding that processor for a moment moves this thread. */
+static void leave_caller_cpu(void)
+{
+#ifdef __linux__
+    cpu_set_t allowed, others;
+    int cpu = sched_getcpu();
+    if (cpu < 0 || cpu != atomic_load(&pool.caller_cpu) || sched_getaffinity(0, sizeof allowed, &allowed) != 0)
+        return;
+    others = allowed;
+    CPU_CLR(cpu, &others);
+    if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0)
+        sched_setaffinity(0, sizeof allowed, &allowed);
+#endif
+}
+
+static void await_work(unsigned seen)
+{
+    pthread_mutex_lock(&pool.sleep);
+    atomic_fetch_add(&pool.sleepers, 1);
+    while (atomic_load(&pool.generation) == seen)
+        pthread_cond_wait(&pool.work, &pool.sleep);
+    atomic_fetch_sub(&pool.sleepers, 1);
+    pthread_mutex_unlock(&pool.sleep);
+    leave_caller_cpu();
+}
+
 static void *work(void *arg)
 {
     size_t worker = (size_t)(uintptr_t)arg;
     unsigned seen = 0;
     for (;;) {
-        if (spin(&pool.generation, seen, SPIN_NS) == seen) {
-            pthread_mutex_lock(&pool.sleep);
-            atomic_fetch_add(&pool.sleepers, 1);
-            while (atomic_load(&pool.generation) == seen)
-                pthread_cond_wait(&pool.work, &pool.sleep);
-            atomic_fetch_sub(&pool.sleepers, 1);
-            pthread_mutex_unlock(&pool.sleep);
-        }
+        if (spin(&pool.generation, seen, SPIN_NS) == seen)
+            await_work(seen);
         seen = atomic_load(&pool.generation);
         if (atomic_load(&pool.stop))
             return NULL;
@@ -123,9 +146,12 @@ static void announce(void)
 {
     atomic_fetch_add(&pool.generation, 1);
     if (atomic_load(&pool.sleepers)) {
-        pthread_mutex_lock(&pool.sleep);
-        pthread_cond_broadcast(&pool.work);
+#ifdef __linux__
+        atomic_store(&pool.caller_cpu, sched_getcpu());
+#endif
+        pthread_mutex_lock(&pool.sleep);    /* then those who count themselves as sleepers do sleep */
         pthread_mutex_unlock(&pool.sleep);
+        pthread_cond_broadcast(&pool.work); /* they find the mutex free */
     }
 }
 

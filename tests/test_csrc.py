@@ -221,6 +221,18 @@ def test_the_pool_uses_other_threads(compiled_isa, rng):
     assert n_tasks() == before
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc to list threads")
+def test_workers_may_use_the_processors_of_their_caller(rng):
+    """Though a worker that wakes on the caller's is forbidden it for a moment."""
+    x = floats(rng, 400, 384)
+    kernels.set_threads(3)
+    for _ in range(50):
+        kernels.gelu(x)
+        time.sleep(0.002)  # workers fall asleep
+    allowed = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
+    assert allowed == [os.sched_getaffinity(0)] * len(allowed)
+
+
 # ---- instruction sets ----
 
 def run(code, **environment):

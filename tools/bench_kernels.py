@@ -6,12 +6,13 @@ usage: python tools/bench_kernels.py [--threads 1 2] [--onnxruntime PYTHON] [--r
 
 First each result is checked against reference.py: integers exactly, static attention within one step (both round what
 may lie half way between two) or, diffused, two, floats within a tolerance. Then, in each round, the kernel, its roof
-and its rivals run in turn, each as often as fills 50 ms. Threads that are not the kernel's own are Python's. The roofs:
+and its rivals run in turn, each as often as fills 50 ms. The roofs (peak.c, which needs a C compiler that has OpenMP):
 
-products, attention     what the instruction does in a loop of nothing else (peak.c, which needs a C compiler; where it
-                        is missing, or has no loop for the instruction set, the column is empty)
-one row, one query      reading: NumPy's sum of as many bytes, as int64; there are different weights, or keys and
-                        values, in each call, at least 8 and about 32 MB of them, as in a decoder
+products, attention     what the instruction does in a loop of nothing else, in a thread of Python's for each of the
+                        kernel's (empty if peak.c has no loop for the instruction set)
+one row, one query      reading: a sum in C, by OpenMP's threads, of an array of as many bytes. Each call has another
+                        array, and other weights, or keys and values: at least 8, and 64 MB or more of them, as the
+                        decoder of base reads for a token. Rows are called from C too, as a decoder calls them
 element by element      copying: NumPy's copyto of the mean of the bytes that are read and written
 
 NumPy: the product in float32 (without what follows it), else the same function in reference.py; log-mel is NumPy's and
@@ -37,6 +38,7 @@ from tools.bench import DISTURBED, command_line, commit, processor, ratio  # noq
 from tools.benchcases import UNITS, Case, Peaks, cases  # noqa: E402
 
 FILL_S = 0.05  # seconds that each candidate runs in a round
+SETTLE_S = 0.2  # seconds before a round, in which the threads of the one before stop waiting in a loop: NumPy's BLAS
 COLUMNS = ("kernel", "threads", "rate", "roof", "share of the roof (spread)", "times as fast as NumPy (spread)",
            "as ONNX Runtime (spread)")  # fmt: skip
 Timed = Callable[[int], float]  # repeats -> seconds of one call, their mean
@@ -103,6 +105,7 @@ def measure(case: Case, rounds: int, onnxruntime: OnnxRuntime | None, pool) -> t
         repeats[name] = max(1, round(FILL_S / run(1)))
     seconds = {name: [] for name in candidates}
     for _ in range(rounds):
+        time.sleep(SETTLE_S)
         for name, run in candidates.items():
             cpu = time.process_time()
             seconds[name].append(run(repeats[name]))

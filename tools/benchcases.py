@@ -22,7 +22,7 @@ from minigate import training_kernels as training
 from minigate.heard_kernels import Heard, attention_heard, pack_heard
 from minigate.mel import N_SAMPLES, log_mel
 
-ROTATED = 1 << 25  # bytes of weights, or keys and values: more than caches that a core has for itself
+ROTATED = 1 << 26  # bytes of weights, or keys and values, about as many as a token of base reads: more than caches hold
 LEAST_ROTATED = 8
 T = 1500  # frames that the encoder sees
 PRODUCTS = [(T, 384, 384), (T, 1536, 384), (T, 384, 1536), (T, 512, 512), (T, 2048, 512), (T, 512, 2048)]  # M, N, K
@@ -77,29 +77,48 @@ def close(name: str, got: np.ndarray, wanted: np.ndarray, relative: float = RELA
 
 
 class Peaks:
-    """The loops of peak.c for the instruction set in use, if there is a compiler."""
+    """The loops of peak.c, which it compiles into a folder."""
 
     def __init__(self, folder: str):
-        compiler, self.library = next(filter(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")), None), None
-        target = str(Path(folder, "peak.so"))
-        command = [compiler, "-O3", "-shared", "-fPIC", str(Path(__file__).with_name("peak.c")), "-o", target]
-        if compiler and subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
-            self.library = ctypes.CDLL(target)
+        compiler = next(filter(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")), None)
+        source, target = Path(__file__).with_name("peak.c"), Path(folder, "peak.so")
+        options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        if not compiler or subprocess.run([compiler, *options, source, "-o", target]).returncode != 0:
+            raise SystemExit("bench_kernels: peak.c needs a C compiler that has OpenMP")
+        self.library = ctypes.CDLL(str(target))
+        self.library.sums.restype = ctypes.c_int64
 
     def __call__(self, kind: str, threads: int) -> tuple[list[Run] | None, float]:
         """kind: int8, float32 or bf16 -> roof, roof_work."""
         if kind == "bf16" and not training.has_bf16():
             kind = "float32"
-        loop = getattr(self.library, f"{kernels.isa()}_{kind}", None) if self.library else None
+        loop = getattr(self.library, f"{kernels.isa()}_{kind}", None)
         if loop is None:
             return None, 0.0
         loop.restype, loop.argtypes = ctypes.c_double, [ctypes.c_size_t]
         return [lambda: loop(TURNS)] * threads, threads * loop(TURNS)
 
+    def reading(self, n_bytes: int, count: int, threads: int) -> tuple[list[Run], float]:
+        """Of `count` arrays of n_bytes each -> roof, roof_work."""
+        words, room = ctypes.c_size_t(n_bytes // 8), packing.Room()  # memory like that of weights
+        arrays = [room.take(8 * words.value).view(np.int64) for _ in range(count)]
+        for x in arrays:
+            x[:] = 1
+        pointers = addresses([x.ctypes.data for x in arrays])
 
-def reading(n_bytes: int, threads: int) -> tuple[list[Run], float]:
-    words = np.ones(n_bytes // 8, np.int64)
-    return [part.sum for part in np.array_split(words, threads)], words.nbytes
+        def run():
+            return self.library.sums(pointers, ctypes.c_size_t(count), words, threads)
+
+        run.arrays = arrays  # which must live as long
+        return [run], 8.0 * words.value * count
+
+
+def pointer(x: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.ctypes.data)
+
+
+def addresses(numbers: list[int]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(numbers))(*numbers)
 
 
 def copying(moved: float, threads: int) -> tuple[list[Run], float]:
@@ -152,30 +171,37 @@ class Makers:
                     (m, n, k))  # fmt: skip
 
     def one_row(self, name: str, n: int, k: int) -> Case:
-        """linear_int8 of one row, with other weights in each call. C is called as decoder.c does, without the checks of
-        kernels.py, which take longer than the smallest of them."""
+        """linear_int8 of one row, with other weights in each of `count` calls, which peak.c makes, as decoder.c
+        does: what Python takes for a call is as much as half of the smallest of them."""
         count = max(LEAST_ROTATED, ROTATED // (n * k))
         plain = [int8s(self.rng, n, k) for _ in range(LEAST_ROTATED)]
         room = packing.Room()  # as those of a model
-        packed = rotation([packing.pack_int8(plain[i % LEAST_ROTATED], room) for i in range(count)])
-        w_float = rotation([plain[i % LEAST_ROTATED].astype(np.float32).T for i in range(max(2, count // 4))])
+        packed = [packing.pack_int8(plain[i % LEAST_ROTATED], room) for i in range(count)]
+        w_float = [plain[i % LEAST_ROTATED].astype(np.float32).T for i in range(max(2, count // 4))]
         q, a_scale, w_scale = int8s(self.rng, 1, k), abs(floats(self.rng, 1)), abs(floats(self.rng, n)) / k
-        x, y, lib = q.astype(np.float32), np.empty((1, n), np.float32), kernels.lib
-        from_buffer, null = kernels.ffi.from_buffer, kernels.ffi.NULL
-        before = from_buffer("float[]", y), null, from_buffer("int8_t[]", q), from_buffer("float[]", a_scale)
-        after = from_buffer("float[]", w_scale), null, null, 0, 1, n, k
+        x, y = q.astype(np.float32), np.empty((1, n), np.float32)
+        ffi, lib, loop = kernels.ffi, kernels.lib, self.peaks.library.rows
+        product = ctypes.c_void_p(int(ffi.cast("uintptr_t", ffi.addressof(lib, "mg_linear_int8"))))
+        weights = addresses([int(ffi.cast("uintptr_t", p.pointer())) for p in packed])
+        sizes = [ctypes.c_size_t(size) for size in (n, k)]
 
-        def run():
-            if lib.mg_linear_int8(*before, packed().pointer(), *after) != lib.MG_OK:
+        def products(weights, count: int) -> None:
+            before, after = [pointer(a) for a in (y, q, a_scale)], (pointer(w_scale), ctypes.c_size_t(count), *sizes)
+            if loop(product, *before, weights, *after) != lib.MG_OK:
                 raise SystemExit(f"{name}: the extension reports an error")
-            return y
 
         def check():
             for i in range(count):
-                close(name, run(), reference.linear_int8(q, a_scale, plain[i % LEAST_ROTATED], w_scale))
-            equal(name, kernels.matmul_int8(q, packed()), reference.matmul_int8(q, plain[0]))
+                products(addresses([weights[i]]), 1)
+                close(name, y, reference.linear_int8(q, a_scale, plain[i % LEAST_ROTATED], w_scale))
+            equal(name, kernels.matmul_int8(q, packed[0]), reference.matmul_int8(q, plain[0]))
 
-        return Case(name, run, check, n * k, "GB/s", *reading(count * n * k, self.threads), lambda: x @ w_float())
+        def by_numpy():
+            for i in range(count):
+                x @ w_float[i % len(w_float)]
+
+        roof = self.peaks.reading(n * k, count, self.threads)
+        return Case(name, partial(products, weights, count), check, count * n * k, "GB/s", *roof, by_numpy)
 
     def attention(self, name: str, n_state: int, n_head: int, precision: str) -> Case:
         q, k, v = (floats(self.rng, 1, T, n_state) for _ in range(3))
@@ -229,7 +255,8 @@ class Makers:
             for _ in range(count):
                 close(name, run(), by_numpy(), ATTENTION[held])
 
-        return Case(name, run, check, n_bytes, "GB/s", *reading(count * n_bytes, self.threads), by_numpy)
+        roof = self.peaks.reading(n_bytes, count, self.threads)
+        return Case(name, run, check, n_bytes, "GB/s", *roof, by_numpy)
 
     def layer_norm(self, name: str, n_state: int) -> Case:
         x, weight, bias = floats(self.rng, T, n_state), floats(self.rng, n_state), floats(self.rng, n_state)
