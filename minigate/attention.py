@@ -1,4 +1,4 @@
-"""Gated multi-head attention: the gate's five kinds, and the product of gate and attention.
+"""Gated multi-head attention: the gate's four kinds, and none, and the product of gate and attention.
 
     out = gate_scale * sigmoid(gate_logits) ⊙ softmax(q kᵀ / sqrt(d_head)) v
 

@@ -18,11 +18,9 @@ from minigate.errors import FileError
 from minigate.languages import LANGUAGES
 from minigate.model import load
 from minigate.options import (
-    MAX_WINDOWS,
     ArgumentParser,
     TranscribeOptions,
     add_decoding_arguments,
-    as_whole,
     decoding_options,
     errors_name_flags,
 )
@@ -52,10 +50,6 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress and no warnings (default: both)")
     parser.add_argument("--version", action="version", version=f"minigate {__version__}")
     add_decoding_arguments(parser)
-    parser.add_argument("--batch-size", type=as_whole, default=1, metavar="N",
-                        help=f"windows of 30 s that are decoded together, 1 to {MAX_WINDOWS}, of one recording or "
-                             "several; above 1 a long recording is cut beforehand at the quietest point of each "
-                             "window's last 5 s, and no window has the text before it as a prompt (default: 1)")
     return parser
 
 

@@ -1,4 +1,5 @@
-"""Whisper's encoder and decoder: log-mel in, logits out. The network is written here once, for every arithmetic.
+"""Whisper's encoder and decoder: log-mel in, logits out. The network is written here once, for every arithmetic
+(and the decoder's blocks once more in csrc/decoder.c and staticdecoder.c, for speed: `in_one_call`).
 
 `encoder` and `decoder` are lists of calls to a small set of coarse operators (`ops`), which know the parameters by
 name and decide in which numbers to compute: `ops.Float` in float32, the others (OPERATORS) on int8 weights. Activations

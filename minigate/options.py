@@ -259,6 +259,9 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, defaults: dict | Non
         "prompt, a student of minigate.train leaves out much")
     add("suppress_tokens", str, "IDS", "comma-separated ids of tokens that are never decoded, '' for none, -1 for the "
         "model's list of non-speech symbols; write --suppress-tokens=-1,50 with the equals sign")
+    add("batch_size", as_whole, "N", f"windows of 30 s that are decoded together, 1 to {MAX_WINDOWS}, in "
+        "minigate.transcribe those of several recordings too; above 1 a long recording is cut beforehand at the "
+        "quietest point of each window's last 5 s, and no window has the text before it as a prompt")
     group.add_argument("--without-timestamps", action="store_true", default=default.without_timestamps,
                        help="decode text only, one segment per 30 s window (default: "
                             f"{'without' if default.without_timestamps else 'with timestamps'})")

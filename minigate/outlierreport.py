@@ -3,7 +3,7 @@
     manifest --Row--> log-mel --forward through Observer--> Watch --report--> table, JSON, plot
 
 The encoder hears the first 30 s of each recording; the decoder is given, all at once, the greedy tokens that the
-measured model itself finds there. A report is a dict as json.dump takes it; DESIGN.md's metrics are in outliers.py,
+measured model itself finds there. A report is a dict as json.dump takes it; the metrics of tensors are in outliers.py,
 those of heads in attentionmass.py.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m minigate.train`: a Whisper teacher and recordings -> a student with gated attention.
+"""`python -m minigate.train`: a Whisper teacher and recordings -> a student, whose attention --gate gates.
 
     teacher --make_student--> student --Trainer, on the teacher's labels--> DIR/student.safetensors
 

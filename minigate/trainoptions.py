@@ -170,8 +170,9 @@ UNSET = {"outlier_unit_most": "none", "encoder_layers": "all", "decoder_layers":
 
 def build_parser() -> ArgumentParser:
     """The command line of `python -m minigate.train`."""
-    parser = ArgumentParser(prog=PROG, description="Distil a Whisper teacher into a student with gated attention. "
-                            "Progress goes to standard error, the files written to standard output.")  # fmt: skip
+    parser = ArgumentParser(prog=PROG, description="Distil a Whisper teacher into a student, whose attention "
+                            "--gate gates. Progress goes to standard error, the files written to standard "
+                            "output.")  # fmt: skip
     add = parser.add_argument
     add("--teacher", required=True, metavar="MODEL", help="float model file (python -m minigate.convert makes one)")
     add("--train", metavar="MANIFEST", type=Path, help="recordings to train on; needed unless --steps is 0")

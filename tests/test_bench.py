@@ -81,9 +81,10 @@ def test_installed_mb(tmp_path, monkeypatch):
 
 def test_joined(tmp_path):
     rows = bench.read_manifest(write_manifest(tmp_path, [1.0, 2.0, 0.5], ["a", "b", "c"]))
-    audio, text = bench.joined(rows, 100)
+    audio, text = bench.joined(rows, 100, 0)
     assert len(audio) == 5 * bench.SAMPLE_RATE and sorted(text.split()) == ["a", "b", "c"]
-    audio, text = bench.joined(rows, 0.1)
+    assert len({bench.joined(rows, 100, seed)[1] for seed in range(8)}) > 1
+    audio, text = bench.joined(rows, 0.1, 0)
     assert len(audio) / bench.SAMPLE_RATE == pytest.approx({"a": 1.5, "b": 2.5, "c": 1.0}[text])
 
 

@@ -119,9 +119,11 @@ def test_figures_by_source(manifest, model):
 def test_options_and_their_defaults(manifest, model):
     options = report_of(manifest)["options"]
     assert (options["temperature"], options["language"], options["without_timestamps"]) == ([0.0], "en", False)
-    report = report_of(manifest, "beam.json", "--beam-size", 3, "--without-timestamps", "--initial-prompt", "a b")
-    assert (report["options"]["beam_size"], report["options"]["initial_prompt"]) == (3, "a b")
-    assert model.asked[-1]["beam_size"] == 3 and model.asked[-1]["without_timestamps"] is True
+    report = report_of(manifest, "beam.json", "--beam-size", 3, "--without-timestamps", "--initial-prompt", "a b",
+                       "--batch-size", 8)
+    assert [report["options"][name] for name in ("beam_size", "initial_prompt", "batch_size")] == [3, "a b", 8]
+    asked = model.asked[-1]
+    assert (asked["beam_size"], asked["without_timestamps"], asked["batch_size"]) == (3, True, 8)
 
 
 def test_from_python(manifest, model):

@@ -199,10 +199,10 @@ def long_speech(audio: np.ndarray, text: str | None, folder: str) -> Speech:
     return Speech(f"long, {len(audio) / SAMPLE_RATE:.0f} s", [path], None if text is None else [text], first, True)
 
 
-def joined(rows: list[Row], seconds: float) -> tuple[np.ndarray, str]:
-    """Recordings in random order, the same each time, with pauses, until there are so many seconds; -> audio, text."""
+def joined(rows: list[Row], seconds: float, seed: int) -> tuple[np.ndarray, str]:
+    """Recordings in a random order, with pauses, until there are so many seconds; -> audio, text."""
     parts, words, missing = [], [], int(seconds * SAMPLE_RATE)
-    for i in np.random.default_rng(0).permutation(len(rows)):
+    for i in np.random.default_rng(seed).permutation(len(rows)):
         parts += [read_audio(rows[i].file), np.zeros(int(PAUSE_S * SAMPLE_RATE), np.float32)]
         words.append(rows[i].text)
         missing -= sum(map(len, parts[-2:]))
@@ -220,7 +220,7 @@ def speeches(args: argparse.Namespace, folder: str) -> list[Speech]:
         text = Path(args.long_text).read_text(encoding="utf-8") if args.long_text else None
         found.append(long_speech(read_audio(args.long), text, folder))
     elif args.join:
-        found.append(long_speech(*joined(rows, args.join), folder))
+        found.append(long_speech(*joined(rows, args.join, args.seed), folder))
     return found
 
 
@@ -308,6 +308,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     long = parser.add_mutually_exclusive_group()
     long.add_argument("--long", metavar="FILE", help="a long recording too")
     long.add_argument("--join", type=float, metavar="SECONDS", help="a long one of the manifest's recordings too")
+    parser.add_argument("--seed", type=int, default=0, help="of the order in which --join takes them (default: 0)")
     parser.add_argument("--long-text", metavar="FILE", help="the words in --long; default: no word error rate")
     parser.add_argument("--busy", action="store_true", help="once more while another process spins on one core")
     args = parser.parse_args(argv)

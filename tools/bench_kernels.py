@@ -39,6 +39,7 @@ from tools.benchcases import UNITS, Case, Peaks, cases  # noqa: E402
 
 FILL_S = 0.05  # seconds that each candidate runs in a round
 SETTLE_S = 0.2  # seconds before a round, in which the threads of the one before stop waiting in a loop: NumPy's BLAS
+WARM_UP = 4  # a candidate runs first, untimed, a fourth as often: who followed the pause was slower
 COLUMNS = ("kernel", "threads", "rate", "roof", "share of the roof (spread)", "times as fast as NumPy (spread)",
            "as ONNX Runtime (spread)")  # fmt: skip
 Timed = Callable[[int], float]  # repeats -> seconds of one call, their mean
@@ -107,6 +108,7 @@ def measure(case: Case, rounds: int, onnxruntime: OnnxRuntime | None, pool) -> t
     for _ in range(rounds):
         time.sleep(SETTLE_S)
         for name, run in candidates.items():
+            run(1 + repeats[name] // WARM_UP)
             cpu = time.process_time()
             seconds[name].append(run(repeats[name]))
             wall, cpu = seconds[name][-1] * repeats[name], time.process_time() - cpu
