@@ -149,9 +149,9 @@ static void announce(void)
 #ifdef __linux__
         atomic_store(&pool.caller_cpu, sched_getcpu());
 #endif
-        pthread_mutex_lock(&pool.sleep);    /* then those who count themselves as sleepers do sleep */
+        pthread_mutex_lock(&pool.sleep);
+        pthread_cond_broadcast(&pool.work);
         pthread_mutex_unlock(&pool.sleep);
-        pthread_cond_broadcast(&pool.work); /* they find the mutex free */
     }
 }
 
