@@ -216,7 +216,7 @@ static void run_shared(mg_task task, void *context, size_t n_tasks, size_t n_wor
         inside = spin(&pool.state, inside, WAIT_NS);
     if (inside != 0) {
         pthread_mutex_lock(&pool.sleep);
-        atomic_store(&pool.waiting, 1);
+        atomic_exchange(&pool.waiting, 1);  /* QEMU's Arm lets the load below pass a mere store: then nobody wakes us */
         while (atomic_load(&pool.state) != 0)
             pthread_cond_wait(&pool.done, &pool.sleep);
         atomic_store(&pool.waiting, 0);
