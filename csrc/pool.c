@@ -97,8 +97,8 @@ static void leave(void)
     }
 }
 
-/* Linux may wake a worker on the caller's own processor, though another one is idle, and for a long time: the two then take
-   turns, and are slower than the caller alone.  Forbidding that processor for a moment moves this thread. */
+/* Linux may wake a worker on the caller's own processor, though another one is idle, and go on doing so: the two then
+   take turns, and are slower than the caller alone.  Forbidding that processor for a moment moves this thread. */
 static void leave_caller_cpu(void)
 {
 #ifdef __linux__
